@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LmnotesError', 'LmnotesTypeError', 'UnknownNameError', 'brief', 'require', 'known_name', 'seed_everything',
            'best_device', 'best_dtype', 'profile_name', 'profile', 'assets', 'HTML', 'escape_text', 'el',
-           'atomic_write', 'fresh_dir']
+           'atomic_write', 'fresh_dir', 'memory', 'cpus', 'versions', 'changed_on_disk', 'front_end', 'Report',
+           'doctor']
 
 # %% ../nbs/00_core.ipynb #c3c55e49
 import os, re, sys
@@ -41,7 +42,7 @@ def require(ok:bool, # what must hold
     "Raise `error` with a message that names argument, value and what is allowed, unless `ok`"
     if not ok: raise error(f'{name} is {brief(value)}, but must be {allowed}')
 
-# %% ../nbs/00_core.ipynb #2645198b
+# %% ../nbs/00_core.ipynb #cb1fb84b
 def known_name(name:str, # the name asked for
                known, # the names there are: a list, or a dictionary keyed by them
                what:str='corpus', # what kind of thing is named
@@ -51,8 +52,8 @@ def known_name(name:str, # the name asked for
     if name in known: return name
     from difflib import get_close_matches
     near = get_close_matches(name, list(known), n=1, cutoff=.6)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
-    raise UnknownNameError(f'unknown {what} {brief(name)}{hint} Known: {", ".join(sorted(known)) or "none"}'.replace("' Known", "'. Known"))
+    hint = f'; did you mean {near[0]!r}?' if near else '.'
+    raise UnknownNameError(f'unknown {what} {brief(name)}{hint} Known: {", ".join(sorted(known)) or "none"}')
 
 # %% ../nbs/00_core.ipynb #2af027d8
 def seed_everything(seed:int, # 0 to 2**32-1
@@ -199,3 +200,125 @@ def fresh_dir(path, # the folder wanted; made with its parents if missing
     require(overwrite or not full, 'path', str(path), 'a new or empty folder; this one holds something (overwrite=True to write into it)')
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+# %% ../nbs/00_core.ipynb #baa3ac9e
+def memory()->tuple: # (bytes in all, bytes available now); (None, None) where nothing tells
+    "Main memory, within the limits of a container"
+    try: import psutil
+    except ImportError: return None, None
+    total, free, group = psutil.virtual_memory().total, psutil.virtual_memory().available, Path('/sys/fs/cgroup')
+    try:                                       # a container's limit; its page cache can be given back
+        limit, used = int((group/'memory.max').read_text()), int((group/'memory.current').read_text())
+        cache = int(re.search(r'^inactive_file (\d+)', (group/'memory.stat').read_text(), re.M)[1])
+        return min(total, limit), min(free, limit - used + cache)
+    except (OSError, ValueError, TypeError): return total, free
+
+# %% ../nbs/00_core.ipynb #12e1315a
+def cpus()->int: # at least 1
+    "Processors this process may use, within the limits of a container"
+    n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    try: quota, period = map(int, Path('/sys/fs/cgroup/cpu.max').read_text().split())
+    except (OSError, ValueError): return n
+    return max(1, min(n, quota//period))
+
+# %% ../nbs/00_core.ipynb #1c96143f
+def versions(name:str, # a distribution's name, such as torch
+             )->tuple: # (version loaded in this process, version on disk), None where there is none
+    "Which version of a package runs here, and which one a new process would load"
+    from importlib.metadata import PackageNotFoundError, version
+    loaded = getattr(sys.modules.get(name.replace('-', '_')), '__version__', None)
+    try: return loaded, version(name)
+    except PackageNotFoundError: return loaded, None
+
+# %% ../nbs/00_core.ipynb #f30341f1
+def changed_on_disk(module, # a loaded module of plain Python
+                    )->bool: # True: some function that runs is not the one in the file
+    "Whether a module's file was edited or removed after the import"
+    from types import CodeType, FunctionType
+    from inspect import unwrap
+    def codes(c): return {c}.union(*(codes(k) for k in c.co_consts if isinstance(k, CodeType)))
+    try: disk = codes(compile(Path(module.__file__).read_bytes(), module.__file__, 'exec'))
+    except (OSError, SyntaxError): return True
+    own = [v for v in vars(module).values() if getattr(v, '__module__', None) == module.__name__]
+    own += [f for v in own if isinstance(v, type) for f in vars(v).values()]
+    return any(unwrap(f).__code__ not in disk for f in own if isinstance(f, FunctionType))
+
+# %% ../nbs/00_core.ipynb #85f1503f
+def front_end()->str: # terminal, Jupyter, VS Code or Colab
+    "What the running code is shown in"
+    ip = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    if ip is None or not hasattr(ip, 'kernel'): return 'terminal'
+    return 'Colab' if 'google.colab' in sys.modules else 'VS Code' if '__vsc_ipynb_file__' in ip.user_ns else 'Jupyter'
+
+# %% ../nbs/00_core.ipynb #e5561371
+class Report:
+    "What `doctor` found: `rows` of (topic, finding), `problems` of (what is wrong, what to do), `ok`"
+    def __init__(self): self.rows, self.problems = [], []
+    ok = property(lambda self: not self.problems, doc='True if nothing is wrong')
+    def check(self, ok, wrong, remedy): # note a problem unless ok
+        if not ok: self.problems.append((wrong, remedy))
+    def __repr__(self):
+        bad = [f'PROBLEM      {w}\n  what to do {r}' for w, r in self.problems]
+        return '\n'.join([f'{k:<12} {v}' for k, v in self.rows] + (bad or ['no problems found']))
+    def _repr_html_(self):
+        rows = [el('tr', el('th', k, style='text-align:left'), el('td', v, style='text-align:left')) for k, v in self.rows]
+        bad = [el('li', el('b', w), '. ', r) for w, r in self.problems]
+        return el('div', el('table', rows), el('ul', bad) if bad else el('p', 'No problems found.'))
+
+# %% ../nbs/00_core.ipynb #e60c2d6c
+def _see_device(r):
+    "Device, precision and profile; one small product shows whether the device really computes"
+    import shutil
+    try: import torch
+    except (ImportError, OSError) as e: return r.check(False, f'torch does not load: {brief(e)}', 'install torch again')
+    d = best_device()
+    try: works = torch.ones(8, 8, device=d).matmul(torch.ones(8, 8, device=d)).sum().item() == 512
+    except RuntimeError: works = False
+    r.check(works, f'torch cannot compute on {d}', 'install a torch build made for this device and its driver')
+    r.check(d.type != 'cpu' or not shutil.which('nvidia-smi'), 'there is an NVIDIA driver, and this torch cannot use it', 'install a torch build with CUDA, or update the driver')
+    name = ''
+    if d.type == 'cuda' and works:
+        free, total = torch.cuda.mem_get_info()
+        name = f', {torch.cuda.get_device_name()}, {free/1e9:.1f} of {total/1e9:.1f} GB free'
+        r.check(free > .1*total, 'the GPU is almost full', 'shut down other notebooks that hold it')
+    r.rows += [('device', f'{d}{name}'), ('precision', str(best_dtype(d)).replace('torch.', ''))]
+    try: r.rows.append(('profile', profile_name()))
+    except LmnotesError: r.check(False, 'LMNOTES_PROFILE is not test, cpu or gpu', 'set it to one of these, or not at all')
+    r.rows.append(('processors', f'{cpus()}, of which torch uses {torch.get_num_threads()}'))
+    r.check(torch.get_num_threads() <= cpus(), f'torch runs {torch.get_num_threads()} threads on {cpus()} processors', f'torch.set_num_threads({cpus()})')
+
+# %% ../nbs/00_core.ipynb #3e5c0313
+def _see_machine(r):
+    "Memory, disk, and whether widgets can work"
+    import shutil
+    from importlib.util import find_spec
+    (total, free), disk, shown = memory(), shutil.disk_usage('.').free, front_end()
+    if total: r.rows.append(('memory', f'{free/1e9:.1f} of {total/1e9:.1f} GB free'))
+    r.check(not total or free > 3e9, 'less than 3 GB of memory are free', 'close other programs and notebooks; the tour may take 3 GB')
+    r.rows.append(('disk', f'{disk/1e9:.1f} GB free here'))
+    r.check(disk > 1e9, 'less than 1 GB of disk is free here', 'make room, or work in another folder')
+    have = all(map(find_spec, ('ipywidgets', 'anywidget')))
+    r.rows.append(('widgets', f'{"installed" if have else "not installed"}; shown in: {shown}{" (widgets need a notebook)" if shown == "terminal" else ""}'))
+    r.check(have or shown == 'terminal', 'widgets will not show', "pip install 'lmnotes[viz]', then restart the kernel")
+
+# %% ../nbs/00_core.ipynb #ebc36f1a
+_base = 'fastcore numpy torch transformers tokenizers datasets accelerate safetensors'.split()
+
+def _see_versions(r):
+    "Packages that are missing, and code in memory that is not the code on disk"
+    for name in _base + ['plotly', 'ipywidgets', 'anywidget']:
+        loaded, disk = versions(name)
+        r.rows.append((name, f'{disk or "not installed"}{f", loaded {loaded}" if loaded else ""}'))
+        r.check(disk or name not in _base, f'{name} is not installed', f'pip install {name}')
+        r.check(not (loaded and disk) or loaded == disk, f'{name} {loaded} is loaded, {disk} is installed', 'restart the kernel')
+    stale = [n for n, m in list(sys.modules.items()) if n.startswith('lmnotes.') and m and getattr(m, '__file__', None) and changed_on_disk(m)]
+    r.check(not stale, f'changed on disk since the import: {", ".join(stale)}', 'restart the kernel')
+
+# %% ../nbs/00_core.ipynb #985b1135
+def doctor()->Report: # printed in a terminal, a table in a notebook
+    "Look at this machine: device, precision, memory, versions, widgets, and what to do about each problem; no secrets, no paths"
+    import lmnotes, platform
+    r = Report()
+    r.rows.append(('lmnotes', f'{lmnotes.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}'))
+    for see in (_see_device, _see_machine, _see_versions): see(r)
+    return r
