@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['RULES', 'check_text', 'check_texts', 'corpora', 'load_corpus', 'stream_corpus', 'clean_text', 'quality',
            'failed_rules', 'shingles', 'jaccard', 'Duplicates', 'deduplicate', 'mixing_weights', 'train_tokenizer',
-           'load_tokenizer', 'pack', 'pack_stream', 'collate']
+           'load_tokenizer', 'collate', 'pack', 'pack_stream']
 
-# %% ../nbs/01_data.ipynb #27f36293
-import array, hashlib, json, re, unicodedata
+# %% ../nbs/01_data.ipynb #e1a82580
+import hashlib, json, re, unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
+from .batches import collate, pack, pack_stream
 from .core import LmnotesError, LmnotesTypeError, assets, brief, known_name, require
+
+# %% ../nbs/01_data.ipynb #59f32122
+_all_ = ['collate', 'pack', 'pack_stream'] # made in chapter 01b, offered here too
 
 # %% ../nbs/01_data.ipynb #33aa2849
 _surrogate = re.compile('[\ud800-\udfff]')
@@ -267,130 +270,6 @@ def load_tokenizer(name:str|Path, # a bundled model's name, a folder with tokeni
     auto = (folder/'config.json').exists() or (folder/'tokenizer_config.json').exists()
     try: return AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if auto else PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as e: raise LmnotesError(f'{folder}: its tokenizer.json cannot be read: {brief(e, 200)}') from e
-
-# %% ../nbs/01_data.ipynb #19202646
-def _blame(rows, name):
-    "Raise for the first row that is no list of token ids"
-    for i, r in enumerate(rows):
-        ok = isinstance(r, Iterable) and not isinstance(r, (str, bytes))
-        require(ok and np.ndim(r) == 1 and np.asarray(r).dtype.kind in 'iu', f'{name}[{i}]', r, 'token ids: integers in one dimension', LmnotesTypeError)
-        require(np.max(r) < 2**63, f'{name}[{i}]', r, 'integers below 2**63')
-
-def _flatten(rows, name, vocab_size=None, least=0):
-    "(sum of lengths,) all rows as one int64 array, and their lengths (n,); a bad row is named"
-    require(len(rows) > 0, name, rows, 'at least one row')
-    try:
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        if all(isinstance(r, list) for r in rows):
-            flat = array.array('q')
-            for r in rows: flat.fromlist(r)
-            flat = np.frombuffer(flat, np.int64) if len(flat) else np.zeros(0, np.int64)
-        else: flat = np.concatenate([np.asarray(r) for r in rows])
-        if not (flat.ndim == 1 and flat.dtype.kind in 'iu'): raise TypeError
-    except (TypeError, ValueError, OverflowError): _blame(rows, name); raise
-    for bad, allowed in ((lengths == 0, 'not empty'),): 
-        if bad.any(): i = int(bad.argmax()); require(False, f'{name}[{i}]', rows[i], allowed)
-    wrong = flat < least if vocab_size is None else (flat < least) | (flat >= vocab_size)
-    if wrong.any():
-        at = int(wrong.argmax()); i = int(np.searchsorted(lengths.cumsum(), at, side='right'))
-        require(False, f'{name}[{i}]', int(flat[at]), f'{least} or more' + (f' and below vocab_size, {vocab_size}' if vocab_size else ''))
-    return flat.astype(np.int64, copy=False), lengths
-
-# %% ../nbs/01_data.ipynb #b10c33bb
-def _rows(flat, doc, block_size):
-    "Cut (N,) ids and document numbers into rows of block_size; the last may be shorter"
-    at = np.arange(len(flat))
-    new = at % block_size == 0
-    new[1:] |= doc[1:] != doc[:-1]
-    positions = at - np.maximum.accumulate(np.where(new, at, 0))
-    first = doc[at - at % block_size]
-    arrays = dict(input_ids=flat, position_ids=positions, segment_ids=doc - first + 1, labels=np.where(new, -100, flat))
-    return [{k: v[a:a+block_size] for k, v in arrays.items()} for a in range(0, len(flat), block_size)]
-
-def _documents(token_lists, eos_id, vocab_size, name='token_lists', start=0):
-    "(N,) ids of the documents one after the other, each ended by eos_id, and the number of the document of each"
-    flat, lengths = _flatten(token_lists, name, vocab_size)
-    ends = lengths.cumsum()
-    if eos_id is not None:
-        open_ = flat[ends-1] != eos_id
-        flat, lengths = np.insert(flat, ends[open_], eos_id), lengths + open_
-    return flat, np.repeat(np.arange(start, start+len(lengths)), lengths)
-
-# %% ../nbs/01_data.ipynb #f1414336
-def pack(token_lists:list, # one list or array of token ids per document
-         *, block_size:int, # T, ids in a row
-         eos_id:int|None, # id put after each document that does not end with it; None: nothing is added
-         vocab_size:int|None=None, # V, to refuse ids outside of the vocabulary
-         )->list[dict]: # rows of arrays (T,): input_ids, position_ids, segment_ids, labels; the last row may be shorter
-    """Documents end to end in rows of `block_size`, every token once. Within a row positions start anew with each document, `segment_ids`
-    count its documents from 1, and `labels` are the ids, but -100 for a document's first token, which nothing in its row predicts"""
-    require(isinstance(block_size, int) and block_size > 0, 'block_size', block_size, 'an integer of 1 or more')
-    _check_eos(eos_id, vocab_size)
-    return _rows(*_documents(list(token_lists), eos_id, vocab_size), block_size)
-
-def _check_eos(eos_id, vocab_size):
-    ok = eos_id is None or isinstance(eos_id, (int, np.integer)) and 0 <= eos_id < (vocab_size or np.inf)
-    require(ok, 'eos_id', eos_id, 'None or an id of the vocabulary')
-
-# %% ../nbs/01_data.ipynb #90db4eb6
-def pack_stream(token_lists:Iterable, # token ids of one document after the other
-                *, block_size:int, # T, ids in a row
-                eos_id:int|None, # as for pack
-                vocab_size:int|None=None, # as for pack
-                buffer:int=256, # documents taken at a time
-                )->Iterator[dict]: # the rows of pack
-    "`pack`, row by row: holds `buffer` documents and less than one row, however many there are"
-    require(isinstance(block_size, int) and block_size > 0, 'block_size', block_size, 'an integer of 1 or more')
-    _check_eos(eos_id, vocab_size)
-    source, n = iter(token_lists), 0
-    flat, doc = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    while batch := list(islice(source, buffer)):
-        f, d = _documents(batch, eos_id, vocab_size, f'token_lists[{n}:]', n)
-        flat, doc, n = np.concatenate([flat, f]), np.concatenate([doc, d]), n + len(batch)
-        whole = len(flat) - len(flat) % block_size
-        yield from _rows(flat[:whole], doc[:whole], block_size)
-        flat, doc = flat[whole:], doc[whole:]
-    require(n > 0, 'token_lists', token_lists, 'at least one document')
-    yield from _rows(flat, doc, block_size)
-
-# %% ../nbs/01_data.ipynb #cd1fe6fd
-def collate(rows:list, # B rows: token ids, or dicts with input_ids and, if they have them, labels, position_ids, segment_ids, token_type_ids
-            *, pad_id:int|None, # what fills up; may equal the eos id, since nothing is decided by it
-            side:str='right', # where to fill up: right, or left for generation
-            multiple_of:int=1, # T is rounded up to a multiple of it
-            vocab_size:int|None=None, # V, to refuse ids outside of the vocabulary
-            )->dict: # tensors (B,T): input_ids, attention_mask (bool, True is real), position_ids, labels, and what else the rows have
-    "Pad rows of unequal length to one batch. Mask, positions and labels (-100 on padding) come from the lengths, never from `pad_id`"
-    import torch
-    known_name(side, ('right', 'left'), 'side')
-    rows = [r if isinstance(r, Mapping) else {'input_ids': r} for r in rows]
-    require(rows and 'input_ids' in rows[0], 'rows', rows, 'at least one row with input_ids')
-    keys = rows[0].keys()
-    for i, r in enumerate(rows): require(r.keys() == keys, f'rows[{i}]', sorted(r), f'with the columns of rows[0]: {sorted(keys)}')
-    extra = [known_name(k, _fill, 'column of rows') for k in keys if k not in ('input_ids', 'attention_mask')]
-    flat, n = _flatten([r['input_ids'] for r in rows], 'input_ids', vocab_size)
-    T = -(-int(n.max())//multiple_of)*multiple_of
-    real = np.arange(T) < n[:, None] if side == 'right' else np.arange(T) >= T - n[:, None]
-    require(real.all() or isinstance(pad_id, (int, np.integer)) and pad_id >= 0, 'pad_id', pad_id, 'a token id, since the rows differ in length; the eos id is safe')
-
-    def lay(flat, fill):
-        out = np.full(real.shape, fill)
-        out[real] = flat
-        return torch.from_numpy(out)
-
-    ids = lay(flat, 0 if pad_id is None else pad_id)
-    batch = dict(input_ids=ids, attention_mask=torch.from_numpy(real), position_ids=lay(np.arange(len(flat)) - np.repeat(n.cumsum()-n, n), 0), labels=lay(flat, -100))
-    for k in extra: batch[k] = lay(_column(rows, k, n), _fill[k])
-    if 'attention_mask' in keys: require(_column(rows, 'attention_mask', n).all(), 'attention_mask', 'holding 0', 'all 1: rows come without padding')
-    return batch
-
-_fill = dict(labels=-100, position_ids=0, segment_ids=0, token_type_ids=0)
-
-def _column(rows, key, n):
-    "One column of all rows end to end; its lengths must be those of input_ids"
-    flat, m = _flatten([r[key] for r in rows], key, least=-100 if key == 'labels' else 0)
-    if (m != n).any(): i = int((m != n).argmax()); require(False, f'rows[{i}][{key!r}]', f'{m[i]} long', f'as long as its input_ids, {n[i]}')
-    return flat
 
 # %% ../nbs/01_data.ipynb #9e8aa9bf
 def _hub_tokenizer(name):
