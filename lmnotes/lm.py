@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_probs', 'entropy', 'cross_entropy', 'kl_divergence', 'evaluating', 'is_causal', 'model_kind', 'causal_targets',
-           'nll', 'bits_per_byte', 'Perplexity', 'strided_windows', 'token_logps', 'positions', 'perplexity']
+           'nll', 'bits_per_byte', 'Perplexity', 'strided_windows', 'positions', 'token_logps', 'perplexity']
 
 # %% ../nbs/02_lm.ipynb #ca3884ba
 import inspect, math
@@ -20,24 +20,23 @@ from torch import Tensor, nn
 
 from .core import LmnotesError, LmnotesTypeError, require
 
-# %% ../nbs/02_lm.ipynb #36008ee9
+# %% ../nbs/02_lm.ipynb #39a42154
 def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def _count(labels, n_vocab):
-    "Scored labels in `labels`; an error where one lies outside the vocabulary. One wait for the device"
-    ok = labels != -100
+    "How many labels are scored; an error where one lies outside the vocabulary. Waits for the device once"
     if not labels.numel(): return 0
+    ok = labels != -100
     n, low, high = torch.stack([ok.sum(), labels.where(ok, 0).min(), labels.max()]).tolist()
-    require(0 <= low and high < n_vocab, 'labels', low if low < 0 else high, f'-100 or an id from 0 to {n_vocab - 1}, one for each of the {n_vocab} logits')
+    require(low >= 0 and high < n_vocab, 'labels', f'holding {low if low < 0 else high}', f'-100 or ids from 0 to {n_vocab - 1}, since there are {n_vocab} logits')
     return n
 
-# %% ../nbs/02_lm.ipynb #5a8aac46
-def log_probs(
-    logits:Tensor, # (B,T,V) unnormalized log-probabilities
-    labels:Tensor, # (B,T) the id to score at each position, -100 for none
-) -> Tensor: # (B,T) natural-log probability of each label, 0 where the label is -100
-    "How probable each label is under the softmax of the logits beside it. Computes in float32 or finer and never shifts."
-    require(logits.shape[:-1] == labels.shape, 'labels', tuple(labels.shape), f'one id for each row of logits: {tuple(logits.shape[:-1])}')
+# %% ../nbs/02_lm.ipynb #1f60f370
+def log_probs(logits:Tensor, # (B,T,V) unnormalized log-probabilities
+              labels:Tensor, # (B,T) the id to score at each position, -100 for none
+              ) -> Tensor: # (B,T) natural-log probability of each label, 0 where the label is -100
+    "How probable each label is under the softmax of the logits beside it. Never shifts; computes in float32 or finer."
+    require(logits.shape[:-1] == labels.shape, 'labels', f'of shape {tuple(labels.shape)}', f'one id for each row of logits: {tuple(logits.shape[:-1])}')
     _count(labels, logits.shape[-1])
     return 0 - F.cross_entropy(_wide(logits).flatten(0, -2), labels.flatten().long(), reduction='none').view_as(labels)
 
@@ -49,40 +48,36 @@ def _distribution(name, p, dim):
     require(bool(ok), name, p, 'probabilities: none negative, sum 1. Logits go through softmax first')
     return _wide(p)
 
-# %% ../nbs/02_lm.ipynb #1d68c9e7
-def entropy(
-    probs:Tensor, # (...,V) probabilities
-    dim:int=-1, # the axis that sums to 1
-) -> Tensor: # (...) nats
-    "Average surprisal of draws from `probs`, scored by `probs` itself: $-\\sum p \\ln p$, with 0 ln 0 = 0."
+# %% ../nbs/02_lm.ipynb #03c4c3b9
+def entropy(probs:Tensor, # (...,V) probabilities
+            dim:int=-1, # the axis that sums to 1
+            ) -> Tensor: # (...) nats, from 0 to ln V
+    "Average surprisal of draws from `probs` when it scores them itself: the sum of -p ln p, with 0 ln 0 = 0."
     return torch.special.entr(_distribution('probs', probs, dim)).sum(dim)
 
-# %% ../nbs/02_lm.ipynb #4dea583e
-def cross_entropy(
-    target:Tensor, # (...,V) probabilities q, of the data
-    probs:Tensor, # (...,V) probabilities p, of the model
-    dim:int=-1, # the axis that sums to 1
-) -> Tensor: # (...) nats, infinite where p is 0 and q is not
-    "Average surprisal of draws from `target` when `probs` scores them: $-\\sum q \\ln p$."
+# %% ../nbs/02_lm.ipynb #f6c00b8b
+def cross_entropy(target:Tensor, # (...,V) probabilities q of the data
+                  probs:Tensor, # (...,V) probabilities p of the model
+                  dim:int=-1, # the axis that sums to 1
+                  ) -> Tensor: # (...) nats; infinite where p is 0 and q is not
+    "Average surprisal of draws from `target` when `probs` scores them: the sum of -q ln p."
     q, p = _distribution('target', target, dim), _distribution('probs', probs, dim)
     return 0 - torch.special.xlogy(q, p).sum(dim)
 
-# %% ../nbs/02_lm.ipynb #12971aff
-def kl_divergence(
-    target:Tensor, # (...,V) probabilities q, of the data
-    probs:Tensor, # (...,V) probabilities p, of the model
-    dim:int=-1, # the axis that sums to 1
-) -> Tensor: # (...) nats, 0 or more
-    "What scoring by `probs` costs above the entropy of `target`: $\\sum q \\ln (q/p)$. Not symmetric."
+# %% ../nbs/02_lm.ipynb #936bd27a
+def kl_divergence(target:Tensor, # (...,V) probabilities q of the data
+                  probs:Tensor, # (...,V) probabilities p of the model
+                  dim:int=-1, # the axis that sums to 1
+                  ) -> Tensor: # (...) nats, 0 or more
+    "What scoring by `probs` costs above the entropy of `target`: the sum of q ln (q/p). Not symmetric."
     q, p = _distribution('target', target, dim), _distribution('probs', probs, dim)
     return (torch.special.xlogy(q, q) - torch.special.xlogy(q, p)).sum(dim).clamp(min=0)
 
-# %% ../nbs/02_lm.ipynb #2113e7bd
+# %% ../nbs/02_lm.ipynb #874cafcf
 @contextmanager
-def evaluating(
-    model:nn.Module, # any module
-):
-    "Dropout and gradients off inside; afterwards every submodule has the mode that it had, also after an error."
+def evaluating(model:nn.Module, # any module
+               ):
+    "Dropout and gradients off inside. Afterwards every submodule has its mode back, also after an error."
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
@@ -90,7 +85,7 @@ def evaluating(
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/02_lm.ipynb #838e7d4f
+# %% ../nbs/02_lm.ipynb #f6dcbb22
 @lru_cache
 def _parameters(cls):
     ps = inspect.signature(cls.forward).parameters.values()
@@ -101,32 +96,36 @@ _inputs = {'input_ids', 'attention_mask', 'position_ids', 'token_type_ids', 'dec
 def _logits(model, batch):
     "Run `model` on what its forward takes of `batch`, without labels and without a cache"
     names, more = _parameters(type(model))
-    take = names | _inputs if more else names
-    out = model(**{k: v for k, v in batch.items() if k in take and k != 'labels'}, **({'use_cache': False} if 'use_cache' in names else {}))
+    take = (names | _inputs if more else names) - {'labels'}
+    out = model(**{k: v for k, v in batch.items() if k in take}, **({'use_cache': False} if 'use_cache' in names else {}))
     require(isinstance(getattr(out, 'logits', None), Tensor), 'model', type(model).__name__, 'one whose output has .logits', LmnotesTypeError)
     return out.logits
 
-# %% ../nbs/02_lm.ipynb #3615845b
-def is_causal(
-    model:nn.Module, # takes input_ids (B,T), returns an object with .logits (B,T,V)
-) -> bool: # whether a later token leaves earlier logits alone
-    "Found by trying: the model reads (0, 0) and (0, 1), and its logits at the first position are compared."
-    device = _device(model)
+def _unwrapped(model):
+    "The model inside DistributedDataParallel and the like"
+    while not hasattr(model, 'config') and isinstance(getattr(model, 'module', None), nn.Module): model = model.module
+    return model
+
+def _device(model): return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+
+# %% ../nbs/02_lm.ipynb #cab7c2c9
+def is_causal(model:nn.Module, # takes input_ids (B,T), returns an object with .logits (B,T,V)
+              ) -> bool: # whether a later token leaves earlier logits alone
+    "Found by experiment: the model reads (0, 0) and (0, 1), and its logits at the first place are compared."
     with evaluating(model):
-        a, b = (_logits(model, {'input_ids': torch.tensor([[0, i]], device=device)})[0, 0].double() for i in (0, 1))
+        a, b = (_logits(model, {'input_ids': torch.tensor([[0, i]], device=_device(model))})[0, 0].cpu().double() for i in (0, 1))
     scale = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0
     return torch.allclose(a, b, rtol=0, atol=1e-4 * scale, equal_nan=True)
 
-# %% ../nbs/02_lm.ipynb #8341daca
+# %% ../nbs/02_lm.ipynb #776f7afe
 _kinds = {'decoder': 'causal', 'encoder': 'masked', 'encoder-decoder': 'seq2seq'}
 _tried = WeakKeyDictionary()
 
-def model_kind(
-    model:nn.Module, # ours or one of transformers
-) -> str: # causal, masked or seq2seq
-    "How a model's labels are aligned: a causal one predicts the next token, the others the token at the label's own place."
+def model_kind(model:nn.Module, # ours or one of transformers
+               ) -> str: # causal, masked or seq2seq
+    "Where a model's labels belong: a causal one predicts the token after each place, the others the one at the place itself."
     require(isinstance(model, nn.Module), 'model', type(model).__name__, 'an nn.Module', LmnotesTypeError)
-    while not hasattr(model, 'config') and isinstance(getattr(model, 'module', None), nn.Module): model = model.module
+    model = _unwrapped(model)
     config, name = getattr(model, 'config', None), type(model).__name__
     if (kind := getattr(config, 'kind', None)) in _kinds: return _kinds[kind]
     if getattr(config, 'is_encoder_decoder', False): return 'seq2seq'
@@ -134,200 +133,181 @@ def model_kind(
     if model not in _tried: _tried[model] = 'causal' if is_causal(model) else 'masked'
     return _tried[model]
 
-# %% ../nbs/02_lm.ipynb #89817c9e
-def causal_targets(
-    batch:Mapping, # input_ids (B,T); may hold labels, attention_mask (B,T), position_ids
-) -> Tensor: # (B,T) what each position must predict: the label after it, -100 where there is none
-    "Labels moved one place to the left. A token without a real token before it (padding, or the start of a packed document at position 0) is not scored."
+# %% ../nbs/02_lm.ipynb #efd3e703
+def causal_targets(batch:Mapping, # input_ids (B,T); may hold labels, attention_mask (B,T), position_ids
+                   ) -> Tensor: # (B,T) what each place must predict: the label after it, or -100
+    """Labels moved one place to the left. A token with no real token before it is not scored: the first of a row, of a left-padded row (known from
+    `attention_mask`), of a packed document (known from `position_ids`, which are 0 there)."""
     labels, mask, place = (batch.get(k) for k in ('labels', 'attention_mask', 'position_ids'))
-    labels = batch['input_ids'] if labels is None else labels
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-    if mask is not None and mask.ndim == 2:
-        targets = targets.masked_fill(~(mask.bool() & F.pad(mask[:, 1:].bool(), (0, 1))), -100)
-    if place is not None and place.ndim == 2:
-        targets = targets.masked_fill(F.pad(place[:, 1:] == 0, (0, 1)), -100)
+    targets = F.pad((batch['input_ids'] if labels is None else labels)[:, 1:], (0, 1), value=-100)
+    if mask is not None and mask.ndim == 2: targets = targets.masked_fill(~(mask.bool() & F.pad(mask[:, 1:].bool(), (0, 1))), -100)
+    if place is not None and place.ndim == 2: targets = targets.masked_fill(F.pad(place[:, 1:] == 0, (0, 1)), -100)
     return targets
 
-# %% ../nbs/02_lm.ipynb #4f9db06f
-def nll(
-    model:nn.Module, # ours or one of transformers
-    batch:Mapping, # input_ids (B,T), labels (B,T) and what else the model takes
-) -> tuple[Tensor, int]: # sum of -ln p over the scored tokens, in nats, with its graph; their number
-    """Total negative log-likelihood of a batch. Labels of a causal model are aligned with `input_ids` and shifted here (`causal_targets`); those of
-    masked and sequence-to-sequence models are not. Raises LmnotesError if no token is scored or a label lies outside the vocabulary."""
+# %% ../nbs/02_lm.ipynb #f2887d3c
+def nll(model:nn.Module, # ours or one of transformers
+        batch:Mapping, # input_ids (B,T), labels (B,T) and what else the model takes
+        ) -> tuple[Tensor, int]: # sum of -ln p over the scored tokens, in nats, with its graph; their number
+    """Negative log-likelihood of a batch: the sum and the count of eq. 2.5. Labels of a causal model are aligned with `input_ids` and moved here
+    (`causal_targets`), those of other kinds stay. Raises LmnotesError where no token is scored or a label lies outside the vocabulary."""
     kind, labels = model_kind(model), batch.get('labels')
-    require(labels is not None or kind == 'causal', 'labels', labels, f'a tensor of ids, since a {kind} model has targets of its own')
+    require(labels is not None or kind == 'causal', 'labels', labels, f'a tensor of ids: for a {kind} model they are not the input_ids')
     if kind == 'seq2seq' and 'decoder_input_ids' not in batch:
         batch = {**batch, 'decoder_input_ids': model.prepare_decoder_input_ids_from_labels(labels)}
     targets = causal_targets(batch) if kind == 'causal' else labels
     logits = _logits(model, batch)
-    require(logits.shape[:-1] == targets.shape, 'labels', tuple(targets.shape), f'one for each row of logits: {tuple(logits.shape[:-1])}')
+    require(logits.shape[:-1] == targets.shape, 'labels', f'of shape {tuple(targets.shape)}', f'one for each row of logits: {tuple(logits.shape[:-1])}')
     n = _count(targets, logits.shape[-1])
-    require(n > 0, 'labels', f'without a scored token in rows 0 to {len(targets) - 1}', 'an id, not -100, at one place or more that the model predicts')
+    require(n > 0, 'labels', f'without a scored token in rows 0 to {len(targets) - 1}', 'an id, not -100, at one or more of the places that are predicted')
     return F.cross_entropy(_wide(logits).flatten(0, -2), targets.flatten().to(logits.device, torch.long), reduction='sum'), n
 
-# %% ../nbs/02_lm.ipynb #03142dbe
-def bits_per_byte(
-    total_nll_nats:float, # sum of -ln p over a whole text, nats
-    n_bytes:int, # length of that text in UTF-8
-) -> float: # bits
-    "What a text costs under a model, per byte of it; comparable between tokenizers, as perplexity is not."
+# %% ../nbs/02_lm.ipynb #a1db306f
+def bits_per_byte(total_nll_nats:float, # sum of -ln p over a whole text, nats
+                  n_bytes:int, # length of that text in UTF-8
+                  ) -> float: # bits
+    "What a text costs under a model per byte of it (eq. 2.7). Comparable between tokenizers, as perplexity is not."
     require(isinstance(n_bytes, int), 'n_bytes', n_bytes, 'an integer, as in len(text.encode())', LmnotesTypeError)
     require(n_bytes > 0, 'n_bytes', n_bytes, '1 or more')
     return float(total_nll_nats) / math.log(2) / n_bytes
 
-# %% ../nbs/02_lm.ipynb #067ae292
+# %% ../nbs/02_lm.ipynb #a4a84264
 class Perplexity(float):
-    "exp(nll / n_tokens): a float that remembers its sum, so that results can be added up and turned into bits per byte."
-    def __new__(
-        cls,
-        nll:float, # sum of -ln p over the scored tokens, nats
-        n_tokens:int, # how many were scored
-    ):
+    "exp(nll / n_tokens), eq. 2.6: a float that remembers the sum, so that results can be added up and turned into bits per byte."
+    def __new__(cls,
+                nll:float, # sum of -ln p over the scored tokens, nats
+                n_tokens:int, # how many were scored
+                ):
         require(n_tokens > 0, 'n_tokens', n_tokens, '1 or more')
-        require(not math.isnan(nll), 'nll', nll, 'a number: the model gave logits that are not')
-        self = super().__new__(cls, math.exp(min(nll / n_tokens, 709.)) if nll / n_tokens < 709.7 else math.inf)
+        require(not math.isnan(nll), 'nll', nll, 'a number; the logits hold nan')
+        self = super().__new__(cls, math.exp(nll / n_tokens) if nll / n_tokens < 709 else math.inf)
         self.nll, self.n_tokens = float(nll), int(n_tokens)
         return self
     def __getnewargs__(self): return self.nll, self.n_tokens
     def __repr__(self): return f'Perplexity({float(self):.4g}, n_tokens={self.n_tokens}, nll={self.nll:.6g})'
-    def bits_per_byte(
-        self,
-        n_bytes:int, # bytes of the scored text in UTF-8
-    ) -> float: # bits
-        "`bits_per_byte` of the text that was scored."
-        return bits_per_byte(self.nll, n_bytes)
+    def bits_per_byte(self, n_bytes:int) -> float: return bits_per_byte(self.nll, n_bytes)
 
-# %% ../nbs/02_lm.ipynb #c138f09a
-def strided_windows(
-    n:int, # inputs of a document: its tokens but the last
-    window:int, # most inputs the model reads at once
-    stride:int, # how far one window moves, 1 to window
-) -> list[tuple[int, int, int]]: # (begin, first, end): read inputs begin:end, score the predictions of first:end
-    "Windows that score each prediction once, each with at least window - stride + 1 inputs behind it, where there are so many."
+# %% ../nbs/02_lm.ipynb #08730db7
+def strided_windows(n:int, # inputs of a document: its tokens but the last
+                    window:int, # most inputs the model reads at once
+                    stride:int, # how far one window moves, 1 to window
+                    ) -> list[tuple[int, int, int]]: # (begin, first, end): read inputs begin:end, score the predictions of first:end
+    "Windows that score each prediction once, with at least window - stride + 1 inputs behind it where the document has as many."
     require(window >= 1, 'window', window, '1 or more')
-    require(1 <= stride <= window, 'stride', stride, f'from 1 to the window, {window}, or tokens would be skipped')
+    require(1 <= stride <= window, 'stride', stride, f'from 1 to the window, {window}; beyond it tokens would be skipped')
     out, done = [], 0
     while done < n:
-        begin = 0 if done == 0 else out[-1][0] + stride
+        begin = out[-1][0] + stride if out else 0
         out.append((begin, done, min(begin + window, n)))
         done = out[-1][2]
     return out
 
-# %% ../nbs/02_lm.ipynb #73a73870
-def _document(x, name, bos_id, n_vocab):
+# %% ../nbs/02_lm.ipynb #e5a9d2ab
+def _document(x, name, bos_id):
     "One document as a checked 1-D tensor on the CPU, behind its start token if it has one"
-    x = torch.as_tensor(x)
+    x, least = torch.as_tensor(x), 2 if bos_id is None else 1
     require(x.ndim == 1, name, f'of shape {tuple(x.shape)}', 'one document (T,), a list of documents, or batches with input_ids and attention_mask')
-    least = 2 if bos_id is None else 1
-    require(len(x) >= least, name, f'a document of {len(x)} tokens', f'{least} or more tokens' + ', or 1 with a bos_id' * (least == 2))
+    require(len(x) >= least, name, f'a document of length {len(x)}', f'{least} tokens or more' + ', or 1 and a bos_id' * (bos_id is None))
     require(not (x.is_floating_point() or x.dtype == torch.bool), name, x.dtype, 'integer ids', LmnotesTypeError)
-    x = x.long().cpu()
-    low, high = int(x.min()), int(x.max())
-    require(low >= 0 and high < n_vocab, name, low if low < 0 else high, f'ids from 0 to {n_vocab - 1}')
-    require(bos_id is None or x[0] != bos_id, 'bos_id', bos_id, f'left out: {name} starts with it already')
-    return x if bos_id is None else F.pad(x, (1, 0), value=bos_id)
+    x = F.pad(x.long().cpu(), (int(bos_id is not None), 0), value=bos_id)
+    require(x.min() >= 0, name, f'holding {int(x.min())}', 'ids of 0 or more')
+    require(bos_id is None or x[1] != bos_id, 'bos_id', bos_id, f'None, since {name} starts with that token already')
+    return x
 
 def _sorted_out(ids):
-    "What `ids` is: 'document', 'documents' or 'batches', and it as an iterable"
+    "What `ids` is (one document, documents or batches) and an iterable of it"
     if isinstance(ids, Mapping): return 'batches', [ids]
-    if isinstance(ids, Tensor) or hasattr(ids, '__array__'): return 'document', ids
-    require(isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)), 'ids', ids, 'token ids or batches of them, not text', LmnotesTypeError)
-    it = iter(ids)
-    require((first := next(it, None)) is not None, 'ids', ids, 'one document or more')
-    if isinstance(first, int): return 'document', list(chain([first], it))
-    return ('batches' if isinstance(first, Mapping) else 'documents'), chain([first], it)
+    if isinstance(ids, Tensor) or hasattr(ids, '__array__'): return 'document', [ids]
+    require(isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)), 'ids', ids, 'token ids or batches of them; a tokenizer makes them from text', LmnotesTypeError)
+    items = iter(ids)
+    require((first := next(items, None)) is not None, 'ids', ids, 'one document or more')
+    if isinstance(first, int): return 'document', [[first, *items]]
+    return 'batches' if isinstance(first, Mapping) else 'documents', chain([first], items)
 
-# %% ../nbs/02_lm.ipynb #462da7c4
-def _limits(model, window, stride, longest):
-    "Window and stride to use: the model's context and half of it, unless said otherwise"
-    config = getattr(model, 'config', None)
-    context = next((c for k in ('max_position_embeddings', 'max_len') if isinstance(c := getattr(config, k, None), int) and c > 0), None)
-    require(window is None or context is None or window <= context, 'window', window, f'at most the context of the model, {context}')
-    window = window or min(context or longest, longest)
-    return window, stride or max(1, window // 2)
-
-def _device(model): return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
-
-# %% ../nbs/02_lm.ipynb #95250298
+# %% ../nbs/02_lm.ipynb #8c62f5bd
 def _check_causal(model):
-    kind = model_kind(model)
-    require(kind == 'causal' and is_causal(model), 'model', type(model).__name__,
-            f'causal, or perplexity is not defined: {"a masked model" if kind == "masked" else "this one"} sees the token that it is asked for, or those after it')
+    why = {'masked': 'a masked model sees the token that it is asked for', 'seq2seq': 'a seq2seq model needs batches with input_ids and labels'}.get(
+        kind := model_kind(model), 'this one sees later tokens (is_decoder=True missing?)')
+    require(kind == 'causal' and is_causal(model), 'model', type(model).__name__, f'causal for perplexity: {why}')
 
-def token_logps(
-    model:nn.Module, # causal; ours or one of transformers
-    ids, # (T,) ids of one document, or a list of documents
-    *,
-    window:int=None, # most tokens read at once; None: the model's context
-    stride:int=None, # how far the window moves, 1 to window; None: half of it
-    bos_id:int=None, # id put before each document, so that its first token is scored; None: it is context only
-    batch_size:int=None, # windows run together, without effect on the result; None: what fits
-) -> Tensor|list[Tensor]: # (T,) natural-log probability of each token given those before it, nan where none is given
-    "Minus this is each token's surprisal. A list of documents gives a list. Documents do not see each other."
+def _limits(model, window, stride, longest):
+    "Vocabulary size, window and stride: the model's context and half of it, unless said otherwise"
+    model = _unwrapped(model)
+    config, embedding = getattr(model, 'config', None), getattr(model, 'get_input_embeddings', lambda: None)()
+    n_vocab = getattr(config, 'vocab_size', 2**63) if embedding is None else embedding.weight.shape[0]
+    context = next((c for k in ('max_position_embeddings', 'max_len') if isinstance(c := getattr(config, k, None), int) and c > 0), None)
+    require(window is None or context is None or window <= context, 'window', window, f'at most {context}, the context of the model')
+    window = min(longest, context or longest) if window is None else window
+    return n_vocab, window, max(1, min(window, longest) // 2) if stride is None else stride
+
+# %% ../nbs/02_lm.ipynb #d300ea0d
+def positions(attention_mask:Tensor, # (B,T) True where a token is real
+              ) -> Tensor: # (B,T) 0, 1, 2, ... over the real tokens
+    "Position ids that padding does not move."
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+# %% ../nbs/02_lm.ipynb #668481f0
+def _score(model, docs, windows, out):
+    "Run `windows` (document, begin, first, end) as one batch and write log-probabilities into `out`"
+    lengths = torch.tensor([end - begin for _, begin, _, end in windows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids, labels = torch.zeros(mask.shape, dtype=torch.long), torch.full(mask.shape, -100)
+    for r, (d, begin, first, end) in enumerate(windows):
+        ids[r, :end - begin], labels[r, first - begin:end - begin] = docs[d][begin:end], docs[d][first + 1:end + 1]
+    batch = dict(input_ids=ids, position_ids=positions(mask)) | ({} if mask.all() else dict(attention_mask=mask))
+    logp = log_probs(_logits(model, {k: v.to(_device(model)) for k, v in batch.items()}), labels.to(_device(model))).cpu()
+    for r, (d, begin, first, end) in enumerate(windows): out[d][first + 1:end + 1] = logp[r, first - begin:end - begin]
+
+# %% ../nbs/02_lm.ipynb #e7490870
+def token_logps(model:nn.Module, # causal; ours or one of transformers
+                ids, # (T,) ids of one document, or a list of documents
+                *,
+                stride:int=None, # how far the window moves, 1 to window; None: half of it
+                window:int=None, # most tokens read at once; None: the context of the model
+                bos_id:int=None, # id put before each document, so that its first token is scored; None: that is context only
+                batch_size:int=None, # windows run together, without effect on the result; None: what fits
+                ) -> Tensor|list[Tensor]: # (T,) float64 natural-log probability of each token given those before it, nan where not scored
+    "Minus this is the surprisal of each token, in nats. A list of documents gives a list."
     _check_causal(model)
     kind, docs = _sorted_out(ids)
     require(kind != 'batches', 'ids', kind, 'one document or a list of them')
-    embedding = getattr(model, 'get_input_embeddings', lambda: None)()
-    n_vocab = embedding.weight.shape[0] if embedding is not None else getattr(getattr(model, 'config', None), 'vocab_size', math.inf)
-    docs = [_document(d, f'ids[{i}]' if kind == 'documents' else 'ids', bos_id, n_vocab) for i, d in enumerate([docs] if kind == 'document' else docs)]
-    window, stride = _limits(model, window, stride, max(map(len, docs)) - 1)
-    jobs = [(i, *w) for i, d in enumerate(docs) for w in strided_windows(len(d) - 1, window, stride)]
+    require(batch_size is None or batch_size >= 1, 'batch_size', batch_size, '1 or more')
+    docs = [_document(d, 'ids' if kind == 'document' else f'ids[{i}]', bos_id) for i, d in enumerate(docs)]
+    n_vocab, window, stride = _limits(model, window, stride, max(map(len, docs)) - 1)
+    high = max(int(d.max()) for d in docs)
+    require(high < n_vocab, 'ids', f'holding {high}', f'ids from 0 to {n_vocab - 1}, the vocabulary of the model')
+    todo = [(d, *w) for d, doc in enumerate(docs) for w in strided_windows(len(doc) - 1, window, stride)]
+    todo.sort(key=lambda w: w[1] - w[3])                                     # longest first: little padding
     out = [torch.full((len(d),), math.nan, dtype=torch.float64) for d in docs]
-    _run(model, docs, sorted(jobs, key=lambda j: j[1] - j[3]), out, batch_size or max(1, min(64, 2**25 // (window * min(n_vocab, 2**16)))))
-    out = out if bos_id is None else [o[1:] for o in out]
-    return out if kind == 'documents' else out[0]
-
-# %% ../nbs/02_lm.ipynb #9189db88
-def _run(model, docs, jobs, out, batch_size):
-    "Score `jobs` (document, begin, first, end), the longest first, and write the results into `out`"
-    require(batch_size >= 1, 'batch_size', batch_size, '1 or more')
-    device = _device(model)
+    size = batch_size or max(1, min(64, 2**25 // (window * min(n_vocab, 2**16))))
     with evaluating(model):
-        for rows in (jobs[i:i + batch_size] for i in range(0, len(jobs), batch_size)):
-            lengths = torch.tensor([end - begin for _, begin, _, end in rows])
-            mask = torch.arange(int(lengths.max())) < lengths[:, None]
-            ids, labels = torch.zeros_like(mask, dtype=torch.long), torch.full(mask.shape, -100)
-            for r, (i, begin, first, end) in enumerate(rows):
-                ids[r, :end - begin] = docs[i][begin:end]
-                labels[r, first - begin:end - begin] = docs[i][first + 1:end + 1]
-            batch = dict(input_ids=ids, position_ids=positions(mask)) | ({} if mask.all() else dict(attention_mask=mask))
-            logp = log_probs(_logits(model, {k: v.to(device) for k, v in batch.items()}), labels.to(device)).cpu()
-            for r, (i, begin, first, end) in enumerate(rows): out[i][first + 1:end + 1] = logp[r, first - begin:end - begin]
+        for i in range(0, len(todo), size): _score(model, docs, todo[i:i + size], out)
+    out = [o[int(bos_id is not None):] for o in out]
+    return out[0] if kind == 'document' else out
 
-# %% ../nbs/02_lm.ipynb #c61f80b2
-def positions(
-    attention_mask:Tensor, # (B,T) True where a token is real
-) -> Tensor: # (B,T) 0, 1, 2, ... counted over the real tokens
-    "Positions that padding does not move."
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-# %% ../nbs/02_lm.ipynb #98088d6b
-def perplexity(
-    model:nn.Module, # causal; with batches also sequence-to-sequence
-    ids, # (T,) ids of one document, a list of documents, or batches with input_ids and attention_mask or labels
-    *,
-    stride:int=None, # how far the window moves, 1 to window; None: half of it
-    window:int=None, # most tokens read at once; None: the model's context
-    bos_id:int=None, # id put before each document, so that its first token is scored; None: it is context only
-    batch_size:int=None, # windows run together, without effect on the result; None: what fits
-) -> Perplexity: # a float with nll (nats), n_tokens, bits_per_byte(n_bytes)
-    """exp of the average negative log-likelihood per token. Each token is scored once, with the tokens before it in its own document as context.
-    Batches are scored as they are, by `nll`, and windows are refused for them. Masked models are refused."""
+# %% ../nbs/02_lm.ipynb #c608f2a8
+def perplexity(model:nn.Module, # causal; with batches also sequence-to-sequence
+               ids, # (T,) ids of one document, a list of documents, or batches (a DataLoader) with attention_mask or labels
+               *,
+               stride:int=None, # how far the window moves, 1 to window; None: half of it
+               window:int=None, # most tokens read at once; None: the context of the model
+               bos_id:int=None, # id put before each document, so that its first token is scored; None: that is context only
+               batch_size:int=None, # windows run together, without effect on the result; None: what fits
+               ) -> Perplexity: # a float with .nll (nats), .n_tokens and .bits_per_byte(n_bytes)
+    """exp of the average surprisal of a text, each token scored once, given the tokens before it in its document. Batches are scored as they
+    are, by `nll`. Dropout is off, the random state untouched, the model's mode restored. Masked models are refused."""
     kind, items = _sorted_out(ids)
+    options = dict(stride=stride, window=window, bos_id=bos_id, batch_size=batch_size)
     if kind != 'batches':
-        logps = token_logps(model, items, stride=stride, window=window, bos_id=bos_id, batch_size=batch_size)
-        scored = torch.cat([l if bos_id is not None else l[1:] for l in (logps if isinstance(logps, list) else [logps])])
+        scored = torch.cat([logp[int(bos_id is None):] for logp in token_logps(model, list(items), **options)])
         return Perplexity(-scored.sum().item(), len(scored))
-    for name, value in dict(stride=stride, window=window, bos_id=bos_id, batch_size=batch_size).items():
-        require(value is None, name, value, 'None for batches, which are scored as they are')
+    for name, value in options.items(): require(value is None, name, value, 'None for batches, which are scored as they are')
     if model_kind(model) != 'seq2seq': _check_causal(model)
-    total, n, device = 0., 0, _device(model)
+    total, n = 0., 0
     with evaluating(model):
         for batch in items:
-            batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+            batch = {k: v.to(_device(model)) for k, v in batch.items() if isinstance(v, Tensor)}
             mask = batch.get('attention_mask')
             if mask is not None and mask.ndim == 2: batch.setdefault('position_ids', positions(mask))
-            s, c = nll(model, batch)
-            total, n = total + s.item(), n + c
+            s, count = nll(model, batch)
+            total, n = total + s.item(), n + count
     return Perplexity(total, n)
