@@ -12,6 +12,7 @@ import os, re, shutil, subprocess, sys, threading, time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, '.venv')
 PYTHON = os.path.join(VENV, 'Scripts' if os.name == 'nt' else 'bin', 'python')
+LOG = os.path.join(VENV, 'setup.log')
 NEEDS_GB = 3                                    # without CUDA; with it pip says what is missing
 
 
@@ -55,8 +56,9 @@ def explain(said, what):
         stop('this Python has no venv module; on Debian and Ubuntu: sudo apt install python3-venv, then run the same command again')
     if re.search(r'NewConnectionError|NameResolutionError|Connection ?(refused|reset|error)|ReadTimeout|ConnectTimeout|ProxyError', said):
         stop('no package index can be reached; check the network and run the same command again')
+    with open(LOG, 'w') as f: f.write(said)
     errors = [s for s in lines if s.lower().startswith('error')] or lines[-1:] or ['no message']
-    stop('%s: %s' % (what, errors[-1]))
+    stop('%s: %s (all of it: %s)' % (what, errors[0], os.path.relpath(LOG, ROOT)))
 
 
 def pip(title, *args):
@@ -72,13 +74,14 @@ def pip(title, *args):
     threading.Thread(target=show, daemon=True).start()
     if not tty: print(title + ' ...', flush=True)
     for line in process.stdout:
-        said.append(line)
         word = line.split()
+        if word[:1] != ['Progress']: said.append(line)
         if word[:1] == ['Collecting']:
             count += 1
             now = 'package %d, %s' % (count, word[1])
             if not tty and count % 25 == 0: print('  ' + now, flush=True)
         elif word[:1] == ['Downloading'] and '(' in line: now = 'package %d, %s' % (count, ' '.join(word[1:]))
+        elif word[:1] == ['Progress'] and len(word) == 4 and int(word[3]) > 5e6: now = 'package %d, %d of %d MB' % (count, int(word[1]) / 1e6, int(word[3]) / 1e6)
         elif word[:2] == ['Installing', 'collected']: now = 'installing %d packages' % count
     status = process.wait()
     print('%s%s: %s, %d s' % ('\r\x1b[K' if tty else '', title, 'failed' if status else 'done', time.time() - start), flush=True)
@@ -97,9 +100,10 @@ def touch(name): open(os.path.join(VENV, name), 'w').close()
 def environment():
     check_python()
     make_venv()
+    need('Updating pip', 'pip')
     index = os.environ.get('TORCH_INDEX')
-    need('Installing torch', '--no-deps', 'torch', *(['--index-url', index] if index else []))
-    need('Installing the other packages', '-e', '.[all,dev]')
+    need('Installing torch', '--progress-bar', 'raw', '--no-deps', 'torch', *(['--index-url', index] if index else []))
+    need('Installing the other packages', '--progress-bar', 'raw', '-e', '.[all,dev]')
     touch('ready')
 
 
