@@ -6,8 +6,8 @@
 __all__ = ['notebooks_dir', 'copy_notebooks', 'cell_titles', 'Progress', 'run_cells', 'tour_dir', 'metrics_table', 'tour',
            'parser', 'main']
 
-# %% ../nbs/00b_cli.ipynb #77469fb6
-import argparse, asyncio, json, os, re, shutil, signal, sys, time
+# %% ../nbs/00b_cli.ipynb #91528b8a
+import argparse, asyncio, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from .core import LmnotesError, atomic_write, doctor, fresh_dir, require
 
@@ -90,7 +90,7 @@ def _client(nb, progress, folder):
     km = AsyncKernelManager(kernel_name='python3', kernel_spec_manager=ThisPython())
     return Client(nb, km=km, timeout=None, resources={'metadata': {'path': str(folder)}})
 
-# %% ../nbs/00b_cli.ipynb #14190420
+# %% ../nbs/00b_cli.ipynb #ec7bedc8
 _skip = re.compile(r'^#\|\s*(eval:\s*false|slow|gpu)\b', re.M)
 
 async def run_cells(nb, # an nbformat notebook; outputs are stored in it
@@ -102,6 +102,7 @@ async def run_cells(nb, # an nbformat notebook; outputs are stored in it
     client, titles = _client(nb, progress, folder), cell_titles(nb.cells)
     client.reset_execution_trackers()
     task = asyncio.current_task()
+    start.setdefault('stderr', subprocess.DEVNULL)
     async def tick():
         while True: await asyncio.sleep(1); progress.show()
     def stop(): progress.stopped = True; task.cancel()
@@ -163,7 +164,7 @@ def tour(out='out/tour', # folder for index.html, metrics.json and the executed 
         with atomic_write(out/'tour.ipynb', 'w') as f: f.write(nbformat.writes(nb))
     return _finish(out)
 
-# %% ../nbs/00b_cli.ipynb #e967daf1
+# %% ../nbs/00b_cli.ipynb #1939b467
 def _say(code, text):
     print(f'lmnotes: {text}', file=sys.stderr)
     return code
@@ -180,7 +181,8 @@ def _failed(progress, e, out):
 def _finish(out):
     try: metrics = json.loads((out/'metrics.json').read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: return _say(1, f'every cell ran, but {out/"metrics.json"} cannot be read: {e}')
-    print(f'\n{metrics_table(metrics)}\n\nOpen {out/"index.html"}')
+    print(f'\n{metrics_table(metrics)}')
+    if (out/'index.html').exists(): print(f'\nOpen {out/"index.html"}')
     return 0
 
 # %% ../nbs/00b_cli.ipynb #e31fc02f
