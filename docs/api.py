@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 class Symbol:
     "A public function, class, method or constant"
     name: str
-    kind: str                                      # function, class, method, property or value
+    kind: str                                      # function, class, method, property, value or from another module
     signature: str
     doc: str
     lines: tuple                                   # first and last line in the module
@@ -25,13 +25,15 @@ def comments(source):
     return args, heads
 
 def names_in(tree):
-    "(name, node) of each top-level definition; a patched function is `Class.name`"
+    "(name, node) of each top-level definition or import of a name; a patched function is `Class.name`"
     for n in tree.body:
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
             patched = any(ast.unparse(d).split('(')[0] in ('patch', 'patch_to') for d in n.decorator_list)
             owner = n.args.args[0].annotation if patched and n.args.args else None
             yield (f'{ast.unparse(owner)}.{n.name}' if owner else n.name), n
         elif isinstance(n, ast.ClassDef): yield n.name, n
+        elif isinstance(n, ast.ImportFrom):
+            for a in n.names: yield a.asname or a.name, n
         elif isinstance(n, (ast.Assign, ast.AnnAssign)):
             for t in n.targets if isinstance(n, ast.Assign) else [n.target]:
                 if isinstance(t, ast.Name): yield t.id, n
@@ -102,5 +104,8 @@ def module(path):
         if isinstance(node, ast.ClassDef) and name in public: out[name] = klass(name, node, notes)
         elif rest and owner in out and not rest.startswith('_'): out[owner].members.append(function(name, node, notes, True))
         elif name in public and isinstance(node, ast.FunctionDef): out[name] = function(name, node, notes)
+        elif name in public and isinstance(node, ast.ImportFrom):
+            home = f'{node.module.rpartition(".")[2]}.{name}'
+            out[name] = Symbol(name, 'from another module', f'{home}', f'Documented at `{home}`.', (node.lineno, node.end_lineno))
         elif name in public: out[name] = Symbol(name, 'value', ast.unparse(node), '', (node.lineno, node.end_lineno))
     return ast.get_docstring(tree) or '', list(out.values())

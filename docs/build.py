@@ -138,36 +138,37 @@ class Site:
         return '<section class="contents"><h2 id="contents">Contents</h2>' + ''.join(
             (f'<h3>{part}</h3>' if part else '') + f'<ul>{"".join(row(p) for p in pages if p.url != "index.html")}</ul>' for part, pages in self.parts) + '</section>'
 
+    def shell(self, page, before, after):
+        "The whole HTML file of a page"
+        cfg, home, link = self.cfg, page.url == 'index.html', lambda html: self.relink(html, page)
+        if home: page.toc.append((2, 'contents', 'Contents'))
+        badges = ''
+        if page.source.endswith('.ipynb'):
+            colab = f'https://colab.research.google.com/github/{cfg["git_url"].split("/", 3)[3]}/blob/{cfg["branch"]}/{page.source}'
+            badges = (f'<a href="{colab}"><img src="/assets/colab.svg" alt="Open in Colab" width="117" height="20"></a>'
+                      f'<a href="{self.blob}/{page.source}"><img src="/assets/github.svg" alt="View on GitHub" width="121" height="20"></a>')
+        if page.module: badges += f'<a class="symbol" href="/api/{page.module}.html"><code>{self.lib}.{page.module}</code></a>'
+        pager = ''.join(f'<a rel="{rel}" href="/{p.url}"><small>{text}</small>{escape(p.title)}</a>'
+                        for rel, text, p in (('prev', 'Previous', before), ('next', 'Next', after)) if p)
+        root = os.path.relpath('.', os.path.dirname(page.url) or '.')
+        return Template((HERE/'page.html').read_text(encoding='utf-8')).substitute(
+            title=escape(page.title if home else f'{page.title} · {cfg["title"]}'), site=escape(cfg['title']), git=cfg['git_url'], root=root,
+            description=escape(plain(MD.renderInline(page.summary)), quote=True), markdown=Path(page.url).stem + '.md',
+            head=f'<link rel="stylesheet" href="{root}/vendor/katex/katex.min.css">' if 'katex' in page.needs else '',
+            heading=f'<h1>{page.label and f"<b>{page.label}</b> "}{MD.renderInline(page.title)}</h1>', summary=MD.renderInline(page.summary),
+            toc=''.join(f'<li class="l{level}"><a href="#{id}">{text}</a></li>' for level, id, text in page.toc), toc_class='' if len(page.toc) > 1 else 'none',
+            badges=link(badges), menu=link(self.menu(page)), body=link(page.html + (self.contents() if home else '')), pager=link(pager))
+
     def write(self):
         "Every file of the site"
-        template, cfg = Template((HERE/'page.html').read_text(encoding='utf-8')), self.cfg
-        for i, page in enumerate(self.pages):
-            home = page.url == 'index.html'
-            if home: page.toc.append((2, 'contents', 'Contents'))
-            near = [('prev', self.pages[i-1] if i else None), ('next', self.pages[i+1] if i + 1 < len(self.pages) else None)]
-            pager = ''.join(f'<a rel="{rel}" href="/{p.url}"><small>{"Previous" if rel == "prev" else "Next"}</small>{escape(p.title)}</a>' for rel, p in near if p)
-            badges = ''
-            if page.source.endswith('.ipynb'):
-                colab = f'https://colab.research.google.com/github/{cfg["git_url"].split("/", 3)[3]}/blob/{cfg["branch"]}/{page.source}'
-                badges = (f'<a href="{colab}"><img src="/assets/colab.svg" alt="Open in Colab" width="117" height="20"></a>'
-                          f'<a href="{self.blob}/{page.source}"><img src="/assets/github.svg" alt="View on GitHub" width="121" height="20"></a>')
-            if page.module: badges += f'<a class="symbol" href="/api/{page.module}.html"><code>{self.lib}.{page.module}</code></a>'
-            toc = ''.join(f'<li class="l{level}"><a href="#{id}">{text}</a></li>' for level, id, text in page.toc)
-            css = '<link rel="stylesheet" href="$root/vendor/katex/katex.min.css">' if 'katex' in page.needs else ''
-            root = os.path.relpath('.', os.path.dirname(page.url) or '.')
-            link = lambda html: self.relink(html, page)
-            fill = dict(title=escape(page.title if home else f'{page.title} · {cfg["title"]}'), description=escape(plain(MD.renderInline(page.summary)), quote=True),
-                        root=root, head=css.replace('$root', root), site=escape(cfg['title']), git=cfg['git_url'], menu=link(self.menu(page)),
-                        heading=f'<h1>{"" if not page.label else f"<b>{page.label}</b> "}{MD.renderInline(page.title)}</h1>', summary=MD.renderInline(page.summary),
-                        badges=link(badges), body=link(page.html + (self.contents() if home else '')), pager=link(pager), toc=toc,
-                        toc_class='' if len(page.toc) > 1 else 'none', markdown=os.path.basename(page.url).replace('.html', '.md'), kind=page.url.split('/')[0] if '/' in page.url else 'chapter')
-            self.put(page.url, template.substitute(fill))
+        for before, page, after in zip([None] + self.pages, self.pages, self.pages[1:] + [None]):
+            self.put(page.url, self.shell(page, before, after))
             self.put(page.url.replace('.html', '.md'), f'# {page.title}\n\n> {page.summary}\n\n{page.md}')
         for name, data in self.files.items(): self.put(name, data)
         self.put('search.js', 'window.LM_SEARCH=' + json.dumps(self.index(), ensure_ascii=False, separators=(',', ':')))
         self.llms()
         for folder in 'assets', 'vendor': shutil.copytree(HERE/folder, self.out/folder)
-        css = self.out/'vendor/katex/katex.min.css'                     # the woff2 fonts are enough for every browser that can show the site
+        css = self.out/'vendor/katex/katex.min.css'                     # every browser that can show the site takes the woff2 fonts
         css.write_text(re.sub(r',url\([^)]*\.(?:woff|ttf)\) format\("\w+"\)', '', css.read_text(encoding='utf-8')), encoding='utf-8')
 
     def index(self):

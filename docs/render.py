@@ -110,7 +110,7 @@ class Renderer:
 
     def markdown(self, text, page, headings=True):
         "HTML of `text`, its headings entered in the page's contents and index"
-        page.texts += 1; env = dict(docId=page.texts)       # keeps the footnotes of different cells apart
+        page.texts += 1; env = dict(docId=str(page.texts))       # keeps the footnotes of different cells apart
         tokens = _callouts(MD.parse(prepare(text), env))
         for i, t in enumerate(tokens):
             if t.type == 'heading_open' and headings:
@@ -237,7 +237,7 @@ def defined(cell):
     "The names that an exported cell defines at its top level"
     flags, src = directives(''.join(cell['source']))
     if not flags.keys() & {'export', 'exports'}: return []
-    return [name for name, _ in names_in(ast.parse(src)) if not name.startswith('_')]
+    return [name for name, node in names_in(ast.parse(src)) if not name.startswith('_') and not isinstance(node, ast.ImportFrom)]
 
 def clean_stream(text):
     "A terminal's text as a terminal shows it: no color codes, only the last state of a progress line"
