@@ -7,8 +7,7 @@ King James Bible, never on Shakespeare.
 
 The tokenizer is trained first, if it is not there, by `python nbs/recipes/gpt_tiny.py tokenizer`.
 """
-import argparse, itertools, json, math, os, platform, time
-from functools import lru_cache
+import argparse, hashlib, itertools, json, math, platform, shutil, tempfile
 from pathlib import Path
 import numpy as np
 import torch
@@ -92,6 +91,49 @@ def evaluate(seed, out):
     (out/'evaluation.json').write_text(json.dumps(result, indent=1) + '\n')
     print(json.dumps(result, indent=1))
 
+def publish(seed, home):
+    "Copy one seed's model into the package as float16, with a card that shows every seed that was evaluated."
+    model = load_model(home/f'seed-{seed}'/'model')
+    with tempfile.TemporaryDirectory() as tmp:
+        model.save_pretrained(Path(tmp)/'m', dtype=torch.float16)
+        for f in (Path(tmp)/'m').iterdir(): shutil.copy(f, HOME/f.name)
+    runs = {int(p.parent.name.split('-')[1]): dict(json.loads((p.parent/'train.json').read_text()), evaluation=json.loads(p.read_text())) for p in sorted(home.glob('seed-*/evaluation.json'))}
+    (HOME/'training.json').write_text(json.dumps(list(runs.values()), indent=1) + '\n', encoding='utf-8')
+    one, n = runs[seed], sum(p.numel() for p in model.parameters())
+    table = '\n'.join(f"| {s} | {key.replace('/', ', ')} | {r['perplexity']:.2f} | {r['bits_per_byte']:.4f} | {r['bits_per_byte_5gram']:.4f} | {r['below_5gram']:.1%} |"
+                      for s, run in runs.items() for key, r in run['evaluation'].items())
+    curve = ', '.join(f'{v:.2f}' for k, v in one['loss'].items() if int(k) % 200 == 0)
+    (HOME/'README.md').write_text(CARD.format(parameters=n, bytes=(HOME/'model.safetensors').stat().st_size, sha=hashlib.sha256((HOME/'model.safetensors').read_bytes()).hexdigest(),
+        table=table, curve=curve, lr=LR, rows=ROWS, block=BLOCK, half=BLOCK // 2, vocab=VOCAB, **SHAPE, **{k: one[k] for k in ('seed', 'steps', 'tokens', 'seconds', 'device', 'precision')}), encoding='utf-8')
+    print(table)
+
+CARD = """# gpt-tiny
+
+A causal language model for these notes, small enough to be bundled: {parameters:,} parameters, float16, {bytes:,} bytes. It has the Llama layout (rotary positions, RMS
+normalization, gated feed-forward layers, no biases, tied embedding), so `transformers` reads this folder as a `LlamaForCausalLM`.
+
+- **Shape:** {n_layers} layers, width {d_model}, {n_heads} heads, feed-forward {d_ff}, context {max_len}; byte-level BPE of {vocab} tokens, trained on the same text.
+- **Data:** the training splits of `factbook` and `kjv` (see their cards). Never Shakespeare: neither model nor tokenizer has seen a line of it.
+- **Recipe:** `nbs/recipes/gpt_tiny.py`; {steps} steps of {rows} rows of {block} tokens ({tokens:,} scored tokens; three batches of four are cut into rows of {half}), Muon
+  at {lr} and AdamW at a fifth of it for embeddings and gains, linear warmup and linear decay over the second half, seed {seed}, {precision} products. Documents are joined by
+  `<|endoftext|>`, and a row may hold the end of one and the start of the next. It took {seconds} s on: {device}, beside other work.
+- **Mean training loss** over 100 steps (nats per token), every 200 steps: {curve}.
+- **Use:** teaching. It knows little and invents facts; it must not inform a decision.
+- **Licence:** Apache-2.0, like the rest of this repository; its training text is in the public domain.
+- **SHA-256** of model.safetensors: `{sha}`
+
+## Held-out text
+
+Whole documents, each token scored once with at least {half} tokens of context where there are that many; beside it a modified Kneser-Ney 5-gram with the same tokenizer, fitted on the
+same training documents, on the same tokens.
+
+| seed | text | perplexity | bits per byte | 5-gram, bits per byte | lower by |
+| --- | --- | --- | --- | --- | --- |
+{table}
+
+The seed bundled here is {seed}. `training.json` has every run's loss curve and figures.
+"""
+
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('what', choices=['tokenizer', 'train', 'evaluate', 'publish'])
@@ -105,3 +147,4 @@ if __name__ == '__main__':
     if a.what == 'tokenizer' or not (HOME/'tokenizer.json').exists(): make_tokenizer()
     if a.what == 'train': train(a.seed, run, a.steps)
     if a.what == 'evaluate': evaluate(a.seed, run)
+    if a.what == 'publish': publish(a.seed, a.out)
