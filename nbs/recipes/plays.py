@@ -2,11 +2,11 @@
 
 `data.py` makes them; `python nbs/recipes/plays.py --sources DIR` prints what the parser was unsure of.
 """
-import argparse, re, subprocess, sys, tarfile, tempfile
+import argparse, csv, random, re, subprocess, sys, tarfile, tempfile
 from bisect import bisect_left
 from collections import Counter
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 from common import sha256, write_corpus
@@ -106,14 +106,14 @@ PLAYS = [
 ]
 
 # Slips of the source: text that must occur exactly once, and what it should read. Mostly brackets left open or closed
-# by a brace, and songs, choruses and epilogues printed without a label.
+# by a brace, and songs, choruses and epilogues printed without a label; four labels are wrong where the Folio has them right.
 ERRATA = {
     'tempest': [
         ('they join]\nwith', 'they join\nwith'),
         ("[ARIEL'S SONG.]\n\n", "[ARIEL'S SONG.]\n\nARIEL.\n"),
         ('[ARIEL sings]\n', '[ARIEL sings]\n\nARIEL.\n'),
         ("Now my charms are all o'erthrown,", "PROSPERO.\nNow my charms are all o'erthrown,")],
-    'two_gentlemen_of_verona': [('[SONG]\n\n', '[SONG]\n\nMUSICIANS.\n')],
+    'two_gentlemen_of_verona': [('[SPEED] Ay.', 'SPEED.\nAy.'), ('[SONG]\n\n', '[SONG]\n\nMUSICIANS.\n')],
     'merry_wives_of_windsor': [('   Fie on sinful fantasy!', 'FAIRIES.\n   Fie on sinful fantasy!')],
     'measure_for_measure': [('     SONG\n  Take', '\nBOY.\n  Take')],
     'much_ado_about_nothing': [
@@ -123,7 +123,7 @@ ERRATA = {
         ('     SONG. \n  Pardon', '\nMUSICIANS.\n  Pardon')],
     'loves_labours_lost': [
         ("SCENE II. The King of Navarre's park. A pavilion", "SCENE I. The King of Navarre's park. A pavilion"),
-        ('ATTENDANTS, and a FORESTER.', 'ATTENDANTS, and a FORESTER.]'),
+        ('LONGAVILLE. \nBerowne is like', 'KING.\nBerowne is like'), ('ATTENDANTS, and a FORESTER.', 'ATTENDANTS, and a FORESTER.]'),
         ('[Enter COSTARD\n', '[Enter COSTARD]\n'),
         ('The same.\n\nEnter HOLOFERNES, SIR NATHANIEL, and DULL.', 'The same.'),
         ('    SPRING\n', '\nSPRING.\n'), ('    WINTER\n', '\nWINTER.\n'), ('      I.\n', ''), ('thrice told?\n@@@@\n', 'thrice told?\n'), ('@@@\n', '')],
@@ -168,9 +168,11 @@ ERRATA = {
     'timon_of_athens': [('Lords, and etc.].]', 'Lords, and etc.]')],
     'julius_caesar': [('Metellus Cimber, and\nTrebonius.\n', 'Metellus Cimber, and\nTrebonius.]\n'), ('& c.', '&c.')],
     'macbeth': [('Caithness, Menteith, and Soldiers.\n\nMALCOLM.\nI would', 'Caithness, Menteith, and Soldiers.]\n\nMALCOLM.\nI would'),
-                ('Song.\nBlack', 'WITCHES.\nBlack'), ('passag tTill', 'passage\nTill')],
+                ('FLEANCE.\nAy, and brought', 'ROSS.\nAy, and brought'), ('Song.\nBlack', 'WITCHES.\nBlack'), ('passag tTill', 'passage\nTill')],
     'alls_well_that_ends_well': [('                                     PAROLLES.\n', '    Parolles.\n')],
-    'antony_and_cleopatra': [('       SONG.\n', '\nBOY.\n')],
+    'othello': [('[Within.] A sail, a sail, a sail!', 'VOICES.\nA sail, a sail, a sail!'), ('[Within.] A sail, a sail!', 'VOICES.\nA sail, a sail!')],
+    'antony_and_cleopatra': [('[Within.] Make way', 'VOICES.\nMake way'), ('[Within.] A way', 'VOICES.\nA way'),
+        ('EUPHRONIUS.\nYes, like enough', 'ENOBARBUS.\nYes, like enough'), ('       SONG.\n', '\nBOY.\n')],
 }
 
 # Labels as printed -> the speaker's full name, where it cannot be read off the label itself. None: a label in small letters, taken as it is.
@@ -216,7 +218,7 @@ ROMAN = {'I': 1, 'II': 2, 'III': 3, 'IV': 4, 'V': 5, 'VI': 6, 'VII': 7, 'VIII': 
          'XII': 12, 'XIII': 13, 'XIV': 14, 'XV': 15}
 ORDINALS = {'FIRST': 1, 'SECOND': 2, 'THIRD': 3, 'FOURTH': 4, 'FIFTH': 5}
 NUMBER = rf'({"|".join(sorted([*ROMAN, *ORDINALS], key=len, reverse=True))}|\d+)'
-ACT = re.compile(rf'ACT {NUMBER}\b\.?(.*)', re.I)
+ACT = re.compile(rf'ACT {NUMBER}\.?(?: +SCENE {NUMBER}\b.*)?', re.I)
 SCENE = re.compile(rf'SCENE {NUMBER}\b.*', re.I)
 OUTSIDE = re.compile(r'(THE )?(PROLOGUE|INDUCTION|EPILOGUE)\.?')
 # Printed like a label, but nobody's name
@@ -244,12 +246,11 @@ def full_name(label:str, aliases:dict) -> str:
 
 
 def title_case(name:str) -> str:
-    "`MRS. PAGE` as `Mrs. Page`, `JAQUES DE BOIS` as `Jaques de Bois`, `1 CLOWN` as `First Clown`"
+    "`LE BEAU` as `Le Beau`, `JAQUES DE BOIS` as `Jaques de Bois`, `1 CLOWN` and `I CLOWN` as `First Clown`"
     words = name.split()
-    if words[0].rstrip('.') in ('1', '2', '3', 'I'): words[0] = {'1': 'FIRST', '2': 'SECOND', '3': 'THIRD', 'I': 'FIRST'}[words[0].rstrip('.')]
-    small = {'OF', 'THE', 'DE'}
-    words = [w.lower() if i and w.upper() in small else '-'.join(p[:1].upper() + p[1:].lower() for p in w.split('-')) for i, w in enumerate(words)]
-    return ' '.join(words)
+    words[0] = {'1': 'FIRST', 'I': 'FIRST', '2': 'SECOND', '3': 'THIRD'}.get(words[0].rstrip('.'), words[0])
+    capital = lambda w: '-'.join(part.capitalize() for part in w.split('-'))
+    return ' '.join(w.lower() if i and w.upper() in ('OF', 'THE', 'DE') else capital(w) for i, w in enumerate(words))
 
 
 def strip_directions(text:str) -> str:
@@ -264,48 +265,49 @@ def label_set(lines:list[str], aliases:dict) -> set[str]:
     return found | set(aliases) | {'ALL.', 'BOTH.'}
 
 
-def parse_play(text:str, errata=(), aliases=None, report=None) -> list[dict]:
-    "The speeches of one play in order: rows of act, scene, speaker, text"
-    aliases, note = aliases or {}, report or (lambda *a: None)
+def mend(text:str, errata) -> str:
+    "The text with each erratum's slip, which must occur exactly once, replaced"
     for old, new in errata:
         if text.count(old) != 1: raise ValueError(f'erratum matches {text.count(old)} times: {old!r}')
         text = text.replace(old, new)
-    for left in re.findall(r'.*[\[\]{}].*', DIRECTION.sub('', text[body_start(text):])): note('bracket', left)
-    lines = [' '.join(l.split()) for l in strip_directions(text[body_start(text):]).split('\n')]
+    return text
+
+
+def heading(line:str, act:int, scene:int) -> tuple[int, int]|None:
+    "Act and scene from this heading on; None where the line is no heading"
+    if m := ACT.fullmatch(line): return number(m[1]), number(m[2]) if m[2] else 0
+    if m := SCENE.fullmatch(line): return act, number(m[1])
+    if m := OUTSIDE.fullmatch(line): return (6, 0) if m[2] == 'EPILOGUE' else (act, scene)
+
+
+def parse_play(text:str, errata=(), aliases=None, note=lambda *what: None) -> list[dict]:
+    "The speeches of one play in order, rows of act, scene, speaker, text; `note` is told of everything doubtful"
+    aliases, text = aliases or {}, mend(text, errata)
+    text = strip_directions(text[body_start(text):])
+    for line in re.findall(r'.*[\[\]{}].*', text): note('bracket', line)
+    lines = [' '.join(line.split()) for line in text.split('\n')]
     labels = label_set(lines, aliases)
-    bare = sorted({l.rstrip('.-') for l in labels}, key=len, reverse=True)
-    inline = re.compile(f"({'|'.join(map(re.escape, bare))})\\.-* +(\\S.*)")
-    rows, act, scene, speaker, prev, heading = [], 0, 0, None, '', False
-    for n, line in enumerate(lines):
-        after_blank, prev = not prev, line
-        if not line: heading = False; continue
-        if after_blank or heading:
-            if m := ACT.fullmatch(line):
-                act, scene, speaker, heading = number(m[1]), 0, None, True
-                line = m[2].strip()
-                if not line: continue
-            if m := SCENE.fullmatch(line):
-                scene, speaker, heading = number(m[1]), None, True
-                continue
-            if OUTSIDE.fullmatch(line) and not (line in aliases):
-                if 'EPILOGUE' in line: act, scene = 6, 0
-                speaker, heading = None, True
-                continue
-        if UNSPOKEN.fullmatch(line) and not (line == 'I.' and rows and not rows[-1]['text']): note('unspoken', speaker, line, lines[n+1:n+3]); continue
-        said = None
-        if line in labels and (after_blank or LABEL.fullmatch(line)): said = ''
-        elif after_blank and (m := inline.fullmatch(line)): line, said = m[1] + '.', m[2]
-        if said is not None:
-            if not after_blank: note('label in paragraph', line)
-            if rows and not rows[-1]['text']: note('empty speech', rows[-1])
-            speaker, heading = full_name(line, aliases), False
-            rows.append(dict(act=act, scene=scene, speaker=speaker, text=said))
-            if said: note('inline', line, said)
-        elif heading: continue
-        elif speaker is None: note('dropped', act, scene, line)
+    known = sorted({l.rstrip('.-') for l in labels}, key=len, reverse=True)
+    inline = re.compile(f"({'|'.join(map(re.escape, known))})\\.-* +(\\S.*)")          # OFFICER. Good sir, be patient.
+    def opens(line, begins):                                                             # label and first words, where the line opens a speech
+        if line in labels and (begins or LABEL.fullmatch(line)): return line, ''
+        if begins and (m := inline.fullmatch(line)): return m[1] + '.', m[2]
+    rows, place, speaker, after_blank, in_heading = [], (0, 0), None, True, False
+    for line in lines:
+        begins, after_blank, empty_row = after_blank, not line, bool(rows) and not rows[-1]['text']
+        if not line: in_heading = False
+        elif (begins or in_heading) and line not in aliases and (found := heading(line, *place)): place, speaker, in_heading = found, None, True
+        elif UNSPOKEN.fullmatch(line) and not (line == 'I.' and empty_row): note('unspoken', speaker, line)   # `I.` may be somebody's answer
+        elif opened := opens(line, begins):
+            label, said = opened
+            if said or not begins: note('label', line)
+            if empty_row: note('empty speech', rows[-1])
+            speaker, in_heading = full_name(label, aliases), False
+            rows.append(dict(act=place[0], scene=place[1], speaker=speaker, text=said))
+        elif speaker is None: in_heading or note('dropped', *place, line)
         else:
-            if after_blank and rows[-1]['text']: note('continues', speaker, line)
-            rows[-1]['text'] += ('\n' if rows[-1]['text'] else '') + line
+            if begins and not empty_row: note('continues', speaker, line)
+            rows[-1]['text'] += ('' if empty_row else '\n') + line
     return rows
 
 
@@ -336,13 +338,12 @@ def find_source(sources=None) -> Path:
     return tmp/name
 
 
-def speeches(source:Path, report=None) -> list[dict]:
+def speeches(source:Path, note=lambda *what: None) -> list[dict]:
     "All rows of `shakespeare`, in the order of PLAYS"
     rows = []
     for p in PLAYS:
-        note = report and (lambda kind, *a, p=p: report(p.modern, kind, *a))
-        rows += [dict(play=p.title, genre=p.genre) | r for r in
-                 parse_play(read_text(source, f'{p.modern}_gut'), ERRATA.get(p.modern, ()), ALIASES.get(p.modern), note)]
+        found = parse_play(read_text(source, f'{p.modern}_gut'), ERRATA.get(p.modern, ()), ALIASES.get(p.modern), partial(note, p.modern))
+        rows += [dict(play=p.title, genre=p.genre) | r for r in found]
     return rows
 
 
@@ -368,8 +369,10 @@ def shakespeare(sources, out):
 # Lines of the Folio that nobody speaks. They stand unindented, labels stand indented.
 FOLIO_DIRECTION = re.compile(r'(Enter|Exit|Exeunt|Manet|Manent|Flourish|Alarums?|Senn?et|Excursions|Musicke? |Thunder|Storme|Hoboyes|Cornets|Trumpets|Drumm?e? |Retreat'
                              r'|Song\.|Act[uv]s |Sc[aeo]+n[ae] |F[Ii][Nn][Ii][Ss])')
-FOLIO_LABEL = re.compile(r" +((?:Caes|Ros|Duk|Esc|Qui|Clow?|Ma|Buck|Cade)(?= )|\d\.? ?(?:[A-Z][a-z]+\.)?|(?:\d\. ?)?(?:[\w'&-]+[., ]+){0,2}?[\w'&-]+ ?[.:]) *(?=\S)")
-WORD = re.compile(r"[A-Za-z\u00c0-\u00ff0-9&][A-Za-z\u00c0-\u00ff0-9'\u0060-]*|'[A-Za-z][A-Za-z\u00c0-\u00ff'-]*")
+FOLIO_LABEL = re.compile(r" +([A-Za-z]+\.(?:[A-Z][\w'&-]*[.:])+"                                 # Mist.Page.  Bish.Cant.  S.Dro.
+                         r"|(?:Caes|Ros|Duk|Esc|Qui|Clow?|Ma|Buck|Cade)(?= )|\d\.? ?(?:[A-Z][a-z]+\.(?: ?[GE]\.)?)?"   # Caes Sit  2 Worth  1.Lo. G.
+                         r"|(?:\d\. ?)?(?:[\w'&-]+[., ]+){0,2}?[\w'&-]+ ?[.:](?: Wi\.)?) *(?=\S)")
+WORD = re.compile(r"[A-Za-z\u00c0-\u00ff0-9&][A-Za-z\u00c0-\u00ff0-9'\u0060]*|'[A-Za-z][A-Za-z\u00c0-\u00ff']*")
 
 
 def folio_text(raw:str) -> str:
@@ -423,16 +426,16 @@ def global_alignment(a:list[str], b:list[str]) -> list[tuple[int, int, int, int]
     gap, n, m = -.4, len(a), len(b)
     score = [[gap*(i + j) if not i or not j else 0. for j in range(m + 1)] for i in range(n + 1)]
     move = [[(1, 0) if not j else (0, 1) for j in range(m + 1)] for i in range(n + 1)]
+    def joined(one, first, second):                       # worth more than a word and a gap only where both parts are needed
+        l = likeness(one, first + second)
+        return 2.6*l - 1.3 if l > .8 and l > likeness(one, first) and l > likeness(one, second) else -9
     for i in range(1, n + 1):
         for j in range(1, m + 1):
-            best, how = score[i-1][j-1] + 1.75*likeness(a[i-1], b[j-1]) - .75, (1, 1)   # another word in its place costs less than two gaps
-            for s, h in ((score[i-1][j] + gap, (1, 0)), (score[i][j-1] + gap, (0, 1))):
-                if s > best: best, how = s, h
-            if j > 1 and a[i-1] and (l := likeness(a[i-1], b[j-2] + b[j-1])) > .8 and score[i-1][j-2] + 2.6*l - 1.3 > best:
-                best, how = score[i-1][j-2] + 2.6*l - 1.3, (1, 2)
-            if i > 1 and b[j-1] and (l := likeness(a[i-2] + a[i-1], b[j-1])) > .8 and score[i-2][j-1] + 2.6*l - 1.3 > best:
-                best, how = score[i-2][j-1] + 2.6*l - 1.3, (2, 1)
-            score[i][j], move[i][j] = best, how
+            moves = [(score[i-1][j-1] + 1.75*likeness(a[i-1], b[j-1]) - .75, (1, 1)),   # another word in its place costs less than two gaps
+                     (score[i-1][j] + gap, (1, 0)), (score[i][j-1] + gap, (0, 1))]
+            if j > 1: moves.append((score[i-1][j-2] + joined(a[i-1], b[j-2], b[j-1]), (1, 2)))
+            if i > 1: moves.append((score[i-2][j-1] + joined(b[j-1], a[i-2], a[i-1]), (2, 1)))
+            score[i][j], move[i][j] = max(moves, key=lambda x: x[0])
     groups, i, j = [], n, m
     while i or j:
         di, dj = move[i][j]
@@ -470,9 +473,9 @@ def line_pairs(rows:list[dict], folio:str) -> list[dict]:
     old = list(WORD.finditer(folio))
     place = {}
     for i, k, j, l in align([spelling(m[0]) for _, m in modern], [spelling(m[0]) for m in old]):
-        if modern[i][0] != modern[k-1][0]: continue      # one word of the Folio runs over a line end
-        first, last, hit = place.get(modern[i][0], (j, l, 0))
-        place[modern[i][0]] = (min(first, j), max(last, l), hit + k - i)
+        n = max((modern[w] for w in range(i, k)), key=lambda w: len(w[1][0]))[0]   # a word over a line end goes with its longer part
+        first, last, hit = place.get(n, (j, l, 0))
+        place[n] = (min(first, j), max(last, l), hit + k - i)
     counts, out = Counter(n for n, _ in modern), []
     for n, (row, line) in enumerate(lines):
         if n not in place: continue
@@ -506,9 +509,24 @@ def folio(sources, out):
                         near=sum(r['similarity'] > .9 for r in rows)/len(rows), validation=names_of('validation'), test=names_of('test')), out)
 
 
+def draw(rows:list[dict], n:int, seed:int=2026) -> list[dict]:
+    "n rows to read by hand, spread evenly over the plays, in their order"
+    rng, plays = random.Random(seed), list(dict.fromkeys(r['play'] for r in rows))
+    out = []
+    for i, play in enumerate(plays):
+        mine = [r for r in rows if r['play'] == play]
+        out += [mine[j] for j in sorted(rng.sample(range(len(mine)), n*(i + 1)//len(plays) - n*i//len(plays)))]
+    return out
+
+
+def checked(name:str) -> Counter:
+    "The verdicts of the hand-read sample in checks/: how many of each kind"
+    with open(Path(__file__).with_name('checks')/f'{name}.csv', encoding='utf-8', newline='') as f: return Counter(r['verdict'] for r in csv.DictReader(f))
+
+
 def report(sources):
     "Print what the parser was unsure of, and the speakers of each play"
-    rows = speeches(find_source(sources), report=lambda *a: print(*a, sep=' | '))
+    rows = speeches(find_source(sources), note=lambda *what: print(*what, sep=' | '))
     for p in PLAYS:
         mine = [r for r in rows if r['play'] == p.title]
         print('==', p.title, len(mine), sorted({(r['act'], r['scene']) for r in mine}))
