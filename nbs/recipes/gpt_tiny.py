@@ -11,7 +11,7 @@ import argparse, hashlib, itertools, json, math, platform, shutil, tempfile
 from pathlib import Path
 import numpy as np
 import torch
-from lmnotes.core import assets, best_dtype, best_device, seed_everything
+from lmnotes.core import assets, best_device, seed_everything
 from lmnotes.data import load_corpus, load_tokenizer, train_tokenizer
 from lmnotes.hub import load_model
 from lmnotes.lm import perplexity
