@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log_probs', 'entropy', 'cross_entropy', 'kl_divergence', 'evaluating', 'is_causal', 'model_kind', 'causal_targets',
-           'nll', 'bits_per_byte', 'Perplexity', 'strided_windows', 'positions', 'token_logps', 'perplexity']
+           'nll', 'bits_per_byte', 'Perplexity', 'strided_windows', 'token_logps', 'perplexity']
 
-# %% ../nbs/02_lm.ipynb #ca3884ba
+# %% ../nbs/02_lm.ipynb #a1f43317
 import inspect, math
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import LmnotesError, LmnotesTypeError, require
+from .core import LmnotesTypeError, require
 
-# %% ../nbs/02_lm.ipynb #39a42154
+# %% ../nbs/02_lm.ipynb #f77155be
 def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def _count(labels, n_vocab):
@@ -28,15 +28,15 @@ def _count(labels, n_vocab):
     if not labels.numel(): return 0
     ok = labels != -100
     n, low, high = torch.stack([ok.sum(), labels.where(ok, 0).min(), labels.max()]).tolist()
-    require(low >= 0 and high < n_vocab, 'labels', f'holding {low if low < 0 else high}', f'-100 or ids from 0 to {n_vocab - 1}, since there are {n_vocab} logits')
+    require(low >= 0 and high < n_vocab, 'a label in labels', low if low < 0 else high, f'-100 or an id from 0 to {n_vocab - 1}: there are {n_vocab} logits')
     return n
 
-# %% ../nbs/02_lm.ipynb #1f60f370
+# %% ../nbs/02_lm.ipynb #8a4f5e47
 def log_probs(logits:Tensor, # (B,T,V) unnormalized log-probabilities
               labels:Tensor, # (B,T) the id to score at each position, -100 for none
               ) -> Tensor: # (B,T) natural-log probability of each label, 0 where the label is -100
     "How probable each label is under the softmax of the logits beside it. Never shifts; computes in float32 or finer."
-    require(logits.shape[:-1] == labels.shape, 'labels', f'of shape {tuple(labels.shape)}', f'one id for each row of logits: {tuple(logits.shape[:-1])}')
+    require(logits.shape[:-1] == labels.shape, 'labels.shape', tuple(labels.shape), f'{tuple(logits.shape[:-1])}, an id for each row of logits')
     _count(labels, logits.shape[-1])
     return 0 - F.cross_entropy(_wide(logits).flatten(0, -2), labels.flatten().long(), reduction='none').view_as(labels)
 
@@ -85,7 +85,7 @@ def evaluating(model:nn.Module, # any module
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/02_lm.ipynb #f6dcbb22
+# %% ../nbs/02_lm.ipynb #c739834b
 @lru_cache
 def _parameters(cls):
     ps = inspect.signature(cls.forward).parameters.values()
@@ -95,7 +95,7 @@ _inputs = {'input_ids', 'attention_mask', 'position_ids', 'token_type_ids', 'dec
 
 def _logits(model, batch):
     "Run `model` on what its forward takes of `batch`, without labels and without a cache"
-    names, more = _parameters(type(model))
+    names, more = _parameters(type(_unwrapped(model)))
     take = (names | _inputs if more else names) - {'labels'}
     out = model(**{k: v for k, v in batch.items() if k in take}, **({'use_cache': False} if 'use_cache' in names else {}))
     require(isinstance(getattr(out, 'logits', None), Tensor), 'model', type(model).__name__, 'one whose output has .logits', LmnotesTypeError)
@@ -144,21 +144,22 @@ def causal_targets(batch:Mapping, # input_ids (B,T); may hold labels, attention_
     if place is not None and place.ndim == 2: targets = targets.masked_fill(F.pad(place[:, 1:] == 0, (0, 1)), -100)
     return targets
 
-# %% ../nbs/02_lm.ipynb #f2887d3c
+# %% ../nbs/02_lm.ipynb #9d794f1a
 def nll(model:nn.Module, # ours or one of transformers
         batch:Mapping, # input_ids (B,T), labels (B,T) and what else the model takes
         ) -> tuple[Tensor, int]: # sum of -ln p over the scored tokens, in nats, with its graph; their number
     """Negative log-likelihood of a batch: the sum and the count of eq. 2.5. Labels of a causal model are aligned with `input_ids` and moved here
     (`causal_targets`), those of other kinds stay. Raises LmnotesError where no token is scored or a label lies outside the vocabulary."""
-    kind, labels = model_kind(model), batch.get('labels')
+    kind, ids, labels = model_kind(model), batch.get('input_ids'), batch.get('labels')
+    require(isinstance(ids, Tensor) and ids.ndim == 2, 'batch', list(batch), 'a dictionary with input_ids, a (B,T) tensor')
     require(labels is not None or kind == 'causal', 'labels', labels, f'a tensor of ids: for a {kind} model they are not the input_ids')
     if kind == 'seq2seq' and 'decoder_input_ids' not in batch:
-        batch = {**batch, 'decoder_input_ids': model.prepare_decoder_input_ids_from_labels(labels)}
+        batch = {**batch, 'decoder_input_ids': _unwrapped(model).prepare_decoder_input_ids_from_labels(labels)}
     targets = causal_targets(batch) if kind == 'causal' else labels
     logits = _logits(model, batch)
-    require(logits.shape[:-1] == targets.shape, 'labels', f'of shape {tuple(targets.shape)}', f'one for each row of logits: {tuple(logits.shape[:-1])}')
+    require(logits.shape[:-1] == targets.shape, 'labels.shape', tuple(targets.shape), f'{tuple(logits.shape[:-1])}, an id for each row of logits')
     n = _count(targets, logits.shape[-1])
-    require(n > 0, 'labels', f'without a scored token in rows 0 to {len(targets) - 1}', 'an id, not -100, at one or more of the places that are predicted')
+    require(n > 0, f'number of scored labels in rows 0 to {len(targets) - 1}', n, '1 or more: each is -100, or at a place that is not predicted')
     return F.cross_entropy(_wide(logits).flatten(0, -2), targets.flatten().to(logits.device, torch.long), reduction='sum'), n
 
 # %% ../nbs/02_lm.ipynb #a1db306f
@@ -186,14 +187,14 @@ class Perplexity(float):
     def __repr__(self): return f'Perplexity({float(self):.4g}, n_tokens={self.n_tokens}, nll={self.nll:.6g})'
     def bits_per_byte(self, n_bytes:int) -> float: return bits_per_byte(self.nll, n_bytes)
 
-# %% ../nbs/02_lm.ipynb #08730db7
+# %% ../nbs/02_lm.ipynb #9448d8d5
 def strided_windows(n:int, # inputs of a document: its tokens but the last
                     window:int, # most inputs the model reads at once
                     stride:int, # how far one window moves, 1 to window
                     ) -> list[tuple[int, int, int]]: # (begin, first, end): read inputs begin:end, score the predictions of first:end
     "Windows that score each prediction once, with at least window - stride + 1 inputs behind it where the document has as many."
-    require(window >= 1, 'window', window, '1 or more')
-    require(1 <= stride <= window, 'stride', stride, f'from 1 to the window, {window}; beyond it tokens would be skipped')
+    require(isinstance(window, int) and window >= 1, 'window', window, 'an integer of 1 or more')
+    require(isinstance(stride, int) and 1 <= stride <= window, 'stride', stride, f'from 1 to the window, {window}; beyond it tokens would be skipped')
     out, done = [], 0
     while done < n:
         begin = out[-1][0] + stride if out else 0
@@ -201,15 +202,15 @@ def strided_windows(n:int, # inputs of a document: its tokens but the last
         done = out[-1][2]
     return out
 
-# %% ../nbs/02_lm.ipynb #e5a9d2ab
+# %% ../nbs/02_lm.ipynb #15cb05af
 def _document(x, name, bos_id):
     "One document as a checked 1-D tensor on the CPU, behind its start token if it has one"
     x, least = torch.as_tensor(x), 2 if bos_id is None else 1
-    require(x.ndim == 1, name, f'of shape {tuple(x.shape)}', 'one document (T,), a list of documents, or batches with input_ids and attention_mask')
-    require(len(x) >= least, name, f'a document of length {len(x)}', f'{least} tokens or more' + ', or 1 and a bos_id' * (bos_id is None))
+    require(x.ndim == 1, f'{name}.shape', tuple(x.shape), '(T,) for one document, or ids a list of them, or batches with input_ids and attention_mask')
+    require(len(x) >= least, f'len({name})', len(x), f'{least} or more' + ', or 1 with a bos_id' * (bos_id is None))
     require(not (x.is_floating_point() or x.dtype == torch.bool), name, x.dtype, 'integer ids', LmnotesTypeError)
     x = F.pad(x.long().cpu(), (int(bos_id is not None), 0), value=bos_id)
-    require(x.min() >= 0, name, f'holding {int(x.min())}', 'ids of 0 or more')
+    require(x.min() >= 0, f'an id in {name}', int(x.min()), '0 or more')
     require(bos_id is None or x[1] != bos_id, 'bos_id', bos_id, f'None, since {name} starts with that token already')
     return x
 
@@ -220,7 +221,7 @@ def _sorted_out(ids):
     require(isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)), 'ids', ids, 'token ids or batches of them; a tokenizer makes them from text', LmnotesTypeError)
     items = iter(ids)
     require((first := next(items, None)) is not None, 'ids', ids, 'one document or more')
-    if isinstance(first, int): return 'document', [[first, *items]]
+    if isinstance(first, int) or getattr(first, 'shape', None) == (): return 'document', [[first, *items]]
     return 'batches' if isinstance(first, Mapping) else 'documents', chain([first], items)
 
 # %% ../nbs/02_lm.ipynb #8c62f5bd
@@ -239,13 +240,9 @@ def _limits(model, window, stride, longest):
     window = min(longest, context or longest) if window is None else window
     return n_vocab, window, max(1, min(window, longest) // 2) if stride is None else stride
 
-# %% ../nbs/02_lm.ipynb #d300ea0d
-def positions(attention_mask:Tensor, # (B,T) True where a token is real
-              ) -> Tensor: # (B,T) 0, 1, 2, ... over the real tokens
-    "Position ids that padding does not move."
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+# %% ../nbs/02_lm.ipynb #9df8cfe3
+def _positions(mask): return (mask.long().cumsum(-1) - 1).clamp(min=0)   # 0, 1, 2, ... over the real tokens
 
-# %% ../nbs/02_lm.ipynb #668481f0
 def _score(model, docs, windows, out):
     "Run `windows` (document, begin, first, end) as one batch and write log-probabilities into `out`"
     lengths = torch.tensor([end - begin for _, begin, _, end in windows])
@@ -253,11 +250,11 @@ def _score(model, docs, windows, out):
     ids, labels = torch.zeros(mask.shape, dtype=torch.long), torch.full(mask.shape, -100)
     for r, (d, begin, first, end) in enumerate(windows):
         ids[r, :end - begin], labels[r, first - begin:end - begin] = docs[d][begin:end], docs[d][first + 1:end + 1]
-    batch = dict(input_ids=ids, position_ids=positions(mask)) | ({} if mask.all() else dict(attention_mask=mask))
+    batch = dict(input_ids=ids, position_ids=_positions(mask)) | ({} if mask.all() else dict(attention_mask=mask))
     logp = log_probs(_logits(model, {k: v.to(_device(model)) for k, v in batch.items()}), labels.to(_device(model))).cpu()
     for r, (d, begin, first, end) in enumerate(windows): out[d][first + 1:end + 1] = logp[r, first - begin:end - begin]
 
-# %% ../nbs/02_lm.ipynb #e7490870
+# %% ../nbs/02_lm.ipynb #01c05781
 def token_logps(model:nn.Module, # causal; ours or one of transformers
                 ids, # (T,) ids of one document, or a list of documents
                 *,
@@ -267,14 +264,13 @@ def token_logps(model:nn.Module, # causal; ours or one of transformers
                 batch_size:int=None, # windows run together, without effect on the result; None: what fits
                 ) -> Tensor|list[Tensor]: # (T,) float64 natural-log probability of each token given those before it, nan where not scored
     "Minus this is the surprisal of each token, in nats. A list of documents gives a list."
-    _check_causal(model)
     kind, docs = _sorted_out(ids)
     require(kind != 'batches', 'ids', kind, 'one document or a list of them')
-    require(batch_size is None or batch_size >= 1, 'batch_size', batch_size, '1 or more')
+    require(batch_size is None or isinstance(batch_size, int) and batch_size >= 1, 'batch_size', batch_size, 'an integer of 1 or more')
     docs = [_document(d, 'ids' if kind == 'document' else f'ids[{i}]', bos_id) for i, d in enumerate(docs)]
     n_vocab, window, stride = _limits(model, window, stride, max(map(len, docs)) - 1)
-    high = max(int(d.max()) for d in docs)
-    require(high < n_vocab, 'ids', f'holding {high}', f'ids from 0 to {n_vocab - 1}, the vocabulary of the model')
+    require((high := max(int(d.max()) for d in docs)) < n_vocab, 'an id in ids', high, f'from 0 to {n_vocab - 1}, the vocabulary of the model')
+    _check_causal(model)
     todo = [(d, *w) for d, doc in enumerate(docs) for w in strided_windows(len(doc) - 1, window, stride)]
     todo.sort(key=lambda w: w[1] - w[3])                                     # longest first: little padding
     out = [torch.full((len(d),), math.nan, dtype=torch.float64) for d in docs]
@@ -284,7 +280,7 @@ def token_logps(model:nn.Module, # causal; ours or one of transformers
     out = [o[int(bos_id is not None):] for o in out]
     return out[0] if kind == 'document' else out
 
-# %% ../nbs/02_lm.ipynb #c608f2a8
+# %% ../nbs/02_lm.ipynb #f290f6af
 def perplexity(model:nn.Module, # causal; with batches also sequence-to-sequence
                ids, # (T,) ids of one document, a list of documents, or batches (a DataLoader) with attention_mask or labels
                *,
@@ -301,13 +297,13 @@ def perplexity(model:nn.Module, # causal; with batches also sequence-to-sequence
         scored = torch.cat([logp[int(bos_id is None):] for logp in token_logps(model, list(items), **options)])
         return Perplexity(-scored.sum().item(), len(scored))
     for name, value in options.items(): require(value is None, name, value, 'None for batches, which are scored as they are')
-    if model_kind(model) != 'seq2seq': _check_causal(model)
+    if (causal := model_kind(model) != 'seq2seq'): _check_causal(model)
     total, n = 0., 0
     with evaluating(model):
         for batch in items:
             batch = {k: v.to(_device(model)) for k, v in batch.items() if isinstance(v, Tensor)}
             mask = batch.get('attention_mask')
-            if mask is not None and mask.ndim == 2: batch.setdefault('position_ids', positions(mask))
+            if causal and mask is not None and mask.ndim == 2: batch.setdefault('position_ids', _positions(mask))
             s, count = nll(model, batch)
             total, n = total + s.item(), n + count
     return Perplexity(total, n)
