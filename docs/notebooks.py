@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PLOTLY, WIDGET = 'application/vnd.plotly.v1+json', 'application/vnd.jupyter.widget-view+json'
 MAX_KB, MAX_FIGURES, MAX_SKIPPED, MAX_PNG = 400, 8, 3, 25_000
-BADGES, COLAB = '<!-- badges -->', '# colab-setup'
+BADGES, INSTALL, COLAB = '<!-- badges -->', '<!-- install -->', '# colab-setup'
 
 
 # ---------------------------------------------------------------- notebooks and settings
@@ -81,6 +81,9 @@ def skip_reason(cell, slow=False, gpu=False):
     if 'gpu' in d and not gpu: return 'gpu'
 
 
+def needs_gpu(path): return any('gpu' in directives(c) for _, c in code_cells(read(path)))
+
+
 def has_gpu():
     "Whether torch sees CUDA, asked in a process of its own."
     import subprocess
@@ -102,10 +105,10 @@ def execute(path, *, profile=None, slow=False, gpu=False, limit=600, cwd=None, s
     if len(skipped) > MAX_SKIPPED: raise NotebookFailed(f"{where} skips {len(skipped)} cells, at most {MAX_SKIPPED} may be: {', '.join(skipped)}")
     env = dict(os.environ, PLOTLY_RENDERER='plotly_mimetype', TQDM_DISABLE='1', HF_HUB_DISABLE_PROGRESS_BARS='1', PYTHONHASHSEED='0')
     if profile: env['LMNOTES_PROFILE'] = profile
-    end, at = time.monotonic() + limit, 0
+    end, at = None, 0
     def started(cell, cell_index):
-        nonlocal at
-        at = cell_index
+        nonlocal at, end
+        at, end = cell_index, end or time.monotonic() + limit                # the clock starts with the first cell, not with the kernel
         show(f'{where}: cell {at + 1} of {len(work.cells)}')
     with tempfile.TemporaryDirectory() as tmp:
         client = NotebookClient(work, kernel_name='python3', extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(cwd or tmp)}}, coalesce_streams=True,
@@ -176,8 +179,8 @@ def picture(figure):
 
 def run(paths, *, save=False, profile=None, slow=False, limit=None, stale=False, cwd=None):
     "Execute each notebook; True if all went well. With `save` outputs and hash are stored, unless they hold a secret."
-    tty, gpu, failed = sys.stdout.isatty(), has_gpu(), []
     if stale: paths = [p for p in paths if read(p).metadata.get('lmnotes', {}).get('hash') != code_hash(p)]
+    tty, gpu, failed = sys.stdout.isatty(), save and has_gpu() or any(needs_gpu(p) for p in paths) and has_gpu(), []
     for p in paths:
         t = time.monotonic()
         try:
@@ -257,6 +260,8 @@ def stamped(path, nb):
         badges = nbformat.v4.new_markdown_cell(id='badges')
         nb.cells.insert(1, badges)
     if badges is not None: badges.source = badges_text(rel)
+    for c in nb.cells:
+        if c.cell_type == 'markdown' and INSTALL in c.source: c.source = install_text()
     for _, c in code_cells(nb):
         if COLAB in c.source: c.source, c.outputs = setup_text(), []
     if any('gpu' in directives(c) or re.search(r'\bbest_device\(', c.source) for _, c in code_cells(nb)): nb.metadata['accelerator'] = 'GPU'
@@ -272,6 +277,22 @@ def badges_text(rel):
     return '\n'.join([BADGES,
         f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{repo}/blob/{cfg['branch']}/nbs/{rel})",
         f"[View on GitHub]({cfg['git_url']}/blob/{cfg['branch']}/nbs/{rel}) · [Read on the site]({cfg['doc_host']}{cfg['doc_baseurl']}/{page})"])
+
+
+def install_text():
+    "The two commands of the home page."
+    cfg = settings()
+    return f'''{INSTALL}
+```sh
+git clone {cfg['git_url']} && cd {cfg['repo']} && make tour
+```
+
+Or install the package (until the first release from the repository), run the tour from it, and copy the chapters into a folder of yours:
+
+```sh
+pip install "{cfg['lib_name']}[viz,notebooks] @ git+{cfg['git_url']}"
+lmnotes tour && lmnotes notebooks my-notes
+```'''
 
 
 def setup_text():
@@ -317,12 +338,12 @@ def problems(path, nb=None):
     "What is wrong with a notebook as a file, one line each; empty if nothing."
     import nbformat
     raw = Path(path).read_bytes() if nb is None else nbformat.writes(nb).encode()
-    nb = nb or read(path)
-    out, figures, meta = [], 0, nb.metadata.get('lmnotes', {})
+    out, figures, ids = [], 0, [c.get('id') for c in json.loads(raw)['cells']]
+    if len(set(ids)) < len(ids): return ['two cells have the same id']
     try: nbformat.validate(json.loads(raw))
-    except nbformat.ValidationError as e: out.append(f'not a valid notebook: {str(e).splitlines()[0]}')
-    ids = [c.get('id') for c in nb.cells]
-    if len(set(ids)) < len(ids): out.append('two cells have the same id')
+    except nbformat.ValidationError as e: return [f'not a valid notebook: {str(e).splitlines()[0]}']
+    nb = nb or read(path)
+    meta = nb.metadata.get('lmnotes', {})
     if len(raw) > MAX_KB * 1024: out.append(f'{len(raw) // 1024} KB, but at most {MAX_KB} are allowed')
     if 'widgets' in nb.metadata: out.append('metadata.widgets is set; GitHub does not render such a notebook')
     extra = set(nb.metadata) - {'kernelspec', *settings()['allowed_metadata_keys'].split()}

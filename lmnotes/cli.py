@@ -21,7 +21,7 @@ def notebooks_dir()->Path: # nbs/ of a checkout, else lmnotes/notebooks of an in
     require((package/'notebooks').is_dir(), 'the installed package', str(package), 'complete, with its notebooks: reinstall lmnotes')
     return package/'notebooks'
 
-# %% ../nbs/00b_cli.ipynb #870b684b
+# %% ../nbs/00b_cli.ipynb #2ba959f3
 def copy_notebooks(folder, # where to put them; made if missing
                    overwrite:bool=False, # True replaces notebooks of the same names
                    )->list: # the files written
@@ -30,7 +30,7 @@ def copy_notebooks(folder, # where to put them; made if missing
     names = sorted(p.relative_to(src) for p in [*src.glob('*.ipynb'), *src.glob('tasks/*.ipynb')] if not p.name.startswith(('.', '_')))
     require(not dst.exists() or dst.is_dir(), 'folder', str(dst), 'a folder, and here is a file')
     taken = [str(n) for n in names if (dst/n).exists()]
-    require(overwrite or not taken, 'folder', str(dst), f'free of notebooks of the same names, and {taken[:3]} {"are" if len(taken) > 1 else "is"} there (--overwrite replaces them)')
+    require(overwrite or not taken, 'folder', str(dst), f'without notebooks of the same names; {", ".join(taken[:3])}{" and more are" if len(taken) > 3 else ""} there (--overwrite replaces them)')
     for n in names:
         (dst/n).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(dst/n) as f: f.write((src/n).read_bytes())

@@ -24,15 +24,16 @@ class LmnotesTypeError(LmnotesError, TypeError):
 class UnknownNameError(LmnotesError):
     "A name that is not in a list of known names"
 
-# %% ../nbs/00_core.ipynb #b70b8d4f
+# %% ../nbs/00_core.ipynb #83b49275
 def brief(value, # anything
-          width:int=80, # most characters kept of a string or a number
-          )->str: # its repr, on one line and cut where it is long
+          width:int=80, # most characters kept
+          )->str: # its repr, on one line and cut in the middle
     "A short one-line `repr` of `value`, for messages"
     import reprlib
-    r = reprlib.Repr()
+    r = reprlib.Repr()                                  # stops early: a list of a million ids takes no time
     r.maxstring = r.maxother = r.maxlong = width
-    return ' '.join(r.repr(value).split())
+    s = ' '.join(r.repr(value).split())
+    return s if len(s) <= width else f'{s[:width//2]} ... {s[-width//3:]}'
 
 # %% ../nbs/00_core.ipynb #d650e5ab
 def require(ok:bool, # what must hold
