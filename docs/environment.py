@@ -56,9 +56,10 @@ def explain(said, what):
         stop('this Python has no venv module; on Debian and Ubuntu: sudo apt install python3-venv, then run the same command again')
     if re.search(r'NewConnectionError|NameResolutionError|Connection ?(refused|reset|error)|ReadTimeout|ConnectTimeout|ProxyError', said):
         stop('no package index can be reached; check the network and run the same command again')
-    with open(LOG, 'w') as f: f.write(said)
     errors = [s for s in lines if s.lower().startswith('error')] or lines[-1:] or ['no message']
-    stop('%s: %s (all of it: %s)' % (what, errors[0], os.path.relpath(LOG, ROOT)))
+    if not os.path.isdir(VENV): stop('%s: %s' % (what, errors[0]))
+    with open(LOG, 'w') as f: f.write(said)
+    stop('%s: %s (more in .venv/setup.log)' % (what, errors[0]))
 
 
 def pip(title, *args):

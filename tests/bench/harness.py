@@ -66,8 +66,9 @@ def once(call, repeats=1):
 
 def repeats_for(call):
     "How often a call must run to fill the shortest time worth measuring; this is its warm-up too."
-    call_seconds = once(call)
-    return max(1, round(MIN_SECONDS / max(call_seconds, 1e-9)) if call_seconds < MIN_SECONDS else 1)
+    start = time.perf_counter()
+    if isinstance(call(), float): return 1
+    return max(1, round(MIN_SECONDS / max(time.perf_counter() - start, 1e-9)))
 
 
 def spread(xs):
