@@ -81,7 +81,7 @@ def _check_pack(block_size, eos_id, vocab_size):
     require(vocab_size is None or _is_int(vocab_size, 1), 'vocab_size', vocab_size, 'None or an integer of 1 or more')
     require(eos_id is None or _is_int(eos_id, 0, vocab_size or 2**63), 'eos_id', eos_id, 'None or an id of the vocabulary')
 
-# %% ../nbs/01b_batches.ipynb #631bef00
+# %% ../nbs/01b_batches.ipynb #9d4cde77
 _fill = dict(labels=-100, position_ids=0, segment_ids=0, token_type_ids=0)
 
 def collate(rows:list, # B rows: token ids, or dicts of input_ids and, optionally, labels, position_ids, segment_ids, token_type_ids
@@ -106,16 +106,16 @@ def collate(rows:list, # B rows: token ids, or dicts of input_ids and, optionall
         out[real] = flat
         return torch.from_numpy(out)
 
-    batch = dict(input_ids=lay(flat, 0 if pad_id is None else pad_id), attention_mask=torch.from_numpy(real))
-    batch |= dict(position_ids=lay(np.arange(len(flat)) - np.repeat(n.cumsum()-n, n), 0), labels=lay(flat, -100))
-    return batch | {k: lay(_column(rows, k, n), _fill[k]) for k in keys}
+    columns = dict(position_ids=np.arange(len(flat)) - np.repeat(n.cumsum()-n, n), labels=flat) | {k: _column(rows, k, n) for k in keys}
+    return dict(input_ids=lay(flat, 0 if pad_id is None else pad_id), attention_mask=torch.from_numpy(real)) | {k: lay(v, _fill[k]) for k, v in columns.items()}
 
-# %% ../nbs/01b_batches.ipynb #8a7ae6f7
+# %% ../nbs/01b_batches.ipynb #0f1622a1
 def _check_rows(rows):
     "The rows as dicts, and their columns besides input_ids"
     rows = [r if isinstance(r, Mapping) else {'input_ids': r} for r in rows]
     require(rows and 'input_ids' in rows[0], 'rows', rows, 'at least one row with input_ids')
-    for i, r in enumerate(rows): require(r.keys() == rows[0].keys(), f'rows[{i}]', list(r), f'with the columns of rows[0]: {list(rows[0])}')
+    for i, r in enumerate(rows):
+        if r.keys() != rows[0].keys(): require(False, f'rows[{i}]', list(r), f'with the columns of rows[0]: {list(rows[0])}')
     if 'attention_mask' in rows[0]:
         for i, r in enumerate(rows): require(np.all(r['attention_mask']), f'rows[{i}]', 'an attention_mask with zeros', 'without padding: collate adds it')
     return rows, [known_name(k, _fill, 'column of rows') for k in rows[0] if k not in ('input_ids', 'attention_mask')]
