@@ -1,7 +1,7 @@
 "What importing costs, each time in a fresh process and measured there."
 import subprocess, sys
 
-from harness import Row
+from harness import Row, Seconds
 
 
 def fresh(statement, before=''):
@@ -9,7 +9,7 @@ def fresh(statement, before=''):
     code = f'{before}\nimport time; t = time.perf_counter()\n{statement}\nprint(time.perf_counter() - t)'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return float(done.stdout.split()[-1])
+    return Seconds(done.stdout.split()[-1])
 
 
 def rows():

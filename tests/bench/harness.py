@@ -9,8 +9,8 @@ Each file `tests/bench/bench_NAME.py` has a function `rows()` that yields `Row`s
                   target=10_000, check=lambda: assert_same_scores(ids[:50]))
         yield Row('import lmnotes', ours=seconds_of_a_fresh_import, limit=.1)
 
-`ours` and `peer` take no arguments. A call is timed from outside, unless it returns a float: then that is its time in seconds
-(for what must be measured in another process). Where the peer is too slow for the whole input it gets a part, and the
+`ours` and `peer` take no arguments. A call is timed from outside, unless it returns `Seconds(x)`: then that is its time (for
+what must be measured in another process). Where the peer is too slow for the whole input it gets a part, and the
 `..._items` say how much work each call did: times are compared per item. `check` runs once, before any timing, and raises
 where the two do not compute the same thing.
 
@@ -34,6 +34,10 @@ MIN_PAIRS, MIN_SECONDS = 7, .02
 
 class Skip(Exception):
     "Raised by a bench file for what cannot be timed here; the message says why."
+
+
+class Seconds(float):
+    "A time that a call measured itself."
 
 
 @dataclass
@@ -60,14 +64,14 @@ def once(call, repeats=1):
     try:
         start = time.perf_counter()
         for _ in range(repeats): result = call()
-        return result if isinstance(result, float) else (time.perf_counter() - start) / repeats
+        return result if isinstance(result, Seconds) else (time.perf_counter() - start) / repeats
     finally: gc.enable()
 
 
 def repeats_for(call):
     "How often a call must run to fill the shortest time worth measuring; this is its warm-up too."
     start = time.perf_counter()
-    if isinstance(call(), float): return 1
+    if isinstance(call(), Seconds): return 1
     return max(1, round(MIN_SECONDS / max(time.perf_counter() - start, 1e-9)))
 
 
