@@ -132,21 +132,15 @@ class Site:
         if page.url.startswith('api/'): out.append('<ul class="modules">' + ''.join(item(p, p.title) for p in self.pages if p.part == 'API reference') + '</ul>')
         return ''.join(out)
 
-    def contents(self):
-        "The chapters with their summaries, for the home page"
-        row = lambda p: f'<li><b>{p.label}</b><div><a href="/{p.url}">{escape(p.title)}</a> {MD.renderInline(p.summary)}</div></li>'
-        return '<section class="contents"><h2 id="contents">Contents</h2>' + ''.join(
-            (f'<h3>{part}</h3>' if part else '') + f'<ul>{"".join(row(p) for p in pages if p.url != "index.html")}</ul>' for part, pages in self.parts) + '</section>'
-
     def shell(self, page, before, after):
         "The whole HTML file of a page"
         cfg, home, link = self.cfg, page.url == 'index.html', lambda html: self.relink(html, page)
-        if home: page.toc.append((2, 'contents', 'Contents'))
         badges = ''
         if page.source.endswith('.ipynb'):
-            colab = f'https://colab.research.google.com/github/{cfg["git_url"].split("/", 3)[3]}/blob/{cfg["branch"]}/{page.source}'
+            book = 'nbs/tour.ipynb' if home else page.source                 # the home page's badges open the tour, as README's do
+            colab = f'https://colab.research.google.com/github/{cfg["git_url"].split("/", 3)[3]}/blob/{cfg["branch"]}/{book}'
             badges = (f'<a href="{colab}"><img src="/assets/colab.svg" alt="Open in Colab" width="117" height="20"></a>'
-                      f'<a href="{self.blob}/{page.source}"><img src="/assets/github.svg" alt="View on GitHub" width="121" height="20"></a>')
+                      f'<a href="{self.blob}/{book}"><img src="/assets/github.svg" alt="View on GitHub" width="121" height="20"></a>')
         if page.module: badges += f'<a class="symbol" href="/api/{page.module}.html"><code>{self.lib}.{page.module}</code></a>'
         pager = ''.join(f'<a rel="{rel}" href="/{p.url}"><small>{text}</small>{escape(p.title)}</a>'
                         for rel, text, p in (('prev', 'Previous', before), ('next', 'Next', after)) if p)
@@ -157,7 +151,7 @@ class Site:
             head=f'<link rel="stylesheet" href="{root}/vendor/katex/katex.min.css">' if 'katex' in page.needs else '',
             heading=f'<h1>{page.label and f"<b>{page.label}</b> "}{MD.renderInline(page.title)}</h1>', summary=MD.renderInline(page.summary),
             toc=''.join(f'<li class="l{level}"><a href="#{id}">{text}</a></li>' for level, id, text in page.toc), toc_class='' if len(page.toc) > 1 else 'none',
-            badges=link(badges), menu=link(self.menu(page)), body=link(page.html + (self.contents() if home else '')), pager=link(pager))
+            badges=link(badges), menu=link(self.menu(page)), body=link(page.html), pager=link(pager))
 
     def write(self):
         "Every file of the site"
@@ -192,10 +186,13 @@ def build(nbs=ROOT/'nbs', out=HERE/'_site'):
     "Build the site of the notebooks in `nbs` into `out`, which is replaced if it is a site; returns the `Site`"
     if out.exists() and any(out.iterdir()) and not (out/'llms.txt').exists():
         raise BuildError(f'{out} holds something that is not a site; remove it or choose another folder')
-    site = Site(nbs, out)
-    site.chapters(); site.reference()
-    shutil.rmtree(out, ignore_errors=True); site.write()
-    if bad := check.problems(out): raise BuildError('\n'.join(['the site has mistakes:'] + bad))
+    new = out.with_name(out.name + '.new'); shutil.rmtree(new, ignore_errors=True)
+    try:
+        site = Site(nbs, new)
+        site.chapters(); site.reference(); site.write()
+        if bad := check.problems(new): raise BuildError('\n'.join(['the site has mistakes:'] + bad))
+        shutil.rmtree(out, ignore_errors=True); new.rename(out)
+    finally: shutil.rmtree(new, ignore_errors=True)
     return site
 
 if __name__ == '__main__':

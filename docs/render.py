@@ -162,7 +162,7 @@ class Renderer:
         "A code cell: its code without directives, then its outputs"
         flags, src = directives(''.join(cell['source']))
         if flags.keys() & {'hide', 'default_exp'} or flags.get('include') == 'false': return '', ''
-        outs = [] if 'hide_output' in flags or flags.get('output') == 'false' else [self.output(o, page) for o in cell.get('outputs', [])]
+        outs = [] if 'hide_output' in flags or flags.get('output') == 'false' else [self.output(o, page) for o in joined(cell.get('outputs', []))]
         html, md = ''.join(h for h, _ in outs), '\n\n'.join(m for _, m in outs if m)
         if html and flags.get('fig-cap'): html = f'<figure>{html}<figcaption>{MD.renderInline(flags["fig-cap"])}</figcaption></figure>'
         if html: html = f'<div class="out">{html}</div>'
@@ -182,7 +182,7 @@ class Renderer:
     def output(self, out, page):
         "One stored output as (HTML, Markdown): a live figure before HTML before a picture before text"
         if out['output_type'] == 'stream':
-            text = clean_stream(''.join(out['text']))
+            text = clean_stream(out['text'])
             return (f'<pre class="{out.get("name", "stdout")}">{escape(text)}</pre>', fenced(text)) if text.strip() else ('', '')
         if out['output_type'] == 'error':
             text = f'{out["ename"]}: {out["evalue"]}'
@@ -238,6 +238,15 @@ def defined(cell):
     flags, src = directives(''.join(cell['source']))
     if not flags.keys() & {'export', 'exports'}: return []
     return [name for name, node in names_in(ast.parse(src)) if not name.startswith('_') and not isinstance(node, ast.ImportFrom)]
+
+def joined(outputs):
+    "The outputs, with what was printed in several goes as one"
+    out = []
+    for o in outputs:
+        o = {**o, 'text': ''.join(o['text'])} if o['output_type'] == 'stream' else o
+        if out and 'text' in o and out[-1].get('name') == o['name']: out[-1]['text'] += o['text']
+        else: out.append(o)
+    return out
 
 def clean_stream(text):
     "A terminal's text as a terminal shows it: no color codes, only the last state of a progress line"

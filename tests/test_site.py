@@ -33,7 +33,7 @@ DEMO = [
     md('| symbol | meaning |\n|---|---|\n| $p(a|b)$ | a bar in a table |'),
     md('<a id="eq-short"></a>\n$$ p(x) = \\prod_t p(x_t \\mid x_{<t}) \\tag{9.1} $$\n\nand after it text.'),
     code('#| export\ndef shown_code(): # a comment\n    return "printed"', dict(output_type='stream', name='stdout', text='\x1b[31m10%\r100% done\x1b[0m\n<script>alert(1)</script>')),
-    code('x', shown(text__plain='a < b')), code('df', shown(text__html='<table class="dataframe"><tr><td>7</td></tr></table>', text__plain='7')),
+    code('x', dict(output_type='stream', name='stdout', text=['row 1\n']), dict(output_type='stream', name='stdout', text=['row 2\n']), shown(text__plain='a < b')), code('df', shown(text__html='<table class="dataframe"><tr><td>7</td></tr></table>', text__plain='7')),
     code('#| fig-cap: "A caption"\nfig', plotly(dict(type='scatter', y=[1, 3, 2]), 'A line </script>', **{'image/png': PNG})),
     code('#| echo: false\nhidden_code()', plotly(dict(type='heatmap', z=[[1, 2], [3, 4]]), 'A heatmap')),
     code('img', shown(image__png=PNG, text__plain='a picture')), code('widget', shown(text__html=f'<div class="lm-widget"><script type="application/json">{WIDGET}</script></div>')),
@@ -89,6 +89,7 @@ def test_cells_become_what_they_should(demo):
     page = (demo/'demo.html').read_text(); text = build.plain(page)
     for gone in 'hidden_cell', 'hidden_code', '#|', 'default_exp', 'colab-badge', '10%', '\x1b', '$$', ':::', '[^1]': assert gone not in text, gone
     for there in 'shown_code', '100% done', '<script>alert(1)</script>', 'a < b', 'A caption', 'Folded title', 'A tip.', 'A footnote.', 'Another footnote.', 'a bar in a table': assert there in text, there
+    assert '<pre class="stdout">row 1\nrow 2</pre>' in page
     assert '<script>alert' not in page and re.search(r'<td><span class="math">p\(a\\vert b\)</span></td>', page)
     assert re.search(r'<details class="fold"><summary>Solution to 1</summary>.*?solved', page, re.S)
     assert re.search(r'<details class="callout warning">\s*<summary class="callout-title">Folded title', page)

@@ -73,18 +73,23 @@ if (formulas.length) load('vendor/katex/katex.min.js').then(() => {
 
 // figures: Plotly's JSON in the colors and the width of the page
 const figures = all('.lm-plotly')
-const paint = (el, layout) => {
+const paint = (el, full, own) => {
   const c = getComputedStyle(el), line = c.borderTopColor, out = { paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', 'font.color': c.color, 'font.family': getComputedStyle($('.menu')).fontFamily, 'legend.bgcolor': 'rgba(0,0,0,0)' }
-  for (const k of Object.keys(layout)) if (/^[xy]axis\d*$/.test(k)) Object.assign(out, { [`${k}.gridcolor`]: line, [`${k}.zerolinecolor`]: line, [`${k}.linecolor`]: line, [`${k}.automargin`]: true })
-  if (el.clientWidth < 520) Object.assign(out, { 'legend.orientation': 'h', 'legend.x': 0, 'legend.y': -.25, 'margin.l': 45, 'margin.r': 12 })
+  for (const k of Object.keys(full)) if (/^[xy]axis\d*$/.test(k)) Object.assign(out, { [`${k}.gridcolor`]: line, [`${k}.zerolinecolor`]: line, [`${k}.linecolor`]: line, [`${k}.automargin`]: true })
+  if (el.clientWidth < 520) {                               // on a phone the legend stands below the figure, which grows by as much
+    Object.assign(out, { 'margin.l': 45, 'margin.r': 12, 'title.font.size': 14 })
+    for (const k of Object.keys(full)) if (/^[xy]axis\d*$/.test(k)) out[`${k}.title.font.size`] = 12
+    const rows = full.showlegend ? el._fullData.filter(t => t.showlegend && t.visible === true).length : 0
+    if (rows) Object.assign(out, { 'legend.orientation': 'v', 'legend.x': 0, 'legend.xanchor': 'left', 'legend.yref': 'container', 'legend.y': 0, 'legend.yanchor': 'bottom', 'margin.b': 66 + 20 * rows, height: (own.height || 400) + 20 * rows })
+  }
   return out
 }
 if (figures.length) load('vendor/plotly/plotly-cartesian.min.js').then(() => figures.map(async el => {
-  const { data, layout, frames } = JSON.parse($('script', el).textContent), color = () => paint(el, el._fullLayout || layout)
+  const { data, layout, frames } = JSON.parse($('script', el).textContent), own = structuredClone(layout), color = () => Plotly.relayout(el, paint(el, el._fullLayout, own))
   delete layout.width; layout.margin ??= { t: layout.title?.text ? 56 : 24, b: 48, l: 56, r: 24 }
   await Plotly.newPlot(el, data, { ...layout, autosize: true }, { responsive: true, displaylogo: false, displayModeBar: matchMedia('(hover: hover)').matches })
   if (frames) await Plotly.addFrames(el, frames)
-  await Plotly.relayout(el, color()); el.dataset.done = 1; repaint.push(() => Plotly.relayout(el, color()))
+  await color(); el.dataset.done = 1; repaint.push(color)
 }))
 
 // diagrams
