@@ -83,15 +83,14 @@ def count_ngrams(ids, # (N,) integer ids, or a list of documents
         row[at] = new
     return words, levels
 
-# %% ../nbs/02b_ngram.ipynb #8299e072
+# %% ../nbs/02b_ngram.ipynb #702832e3
 def absolute_discount(count:np.ndarray, # (M,) counts of the n-grams
                       context:np.ndarray, # (M,) row of each n-gram's context
                       n:int, # C, the number of contexts
                       discount=(0, 0, 0, 0), # taken off a count of 0, 1, 2, and 3 or more; zeros give maximum likelihood
                       )->tuple: # alpha (M,), and gamma (C,), which is 1 for a context that nothing follows
     "Take a discount off each count; `gamma` is the mass set free in each context. Ney, Essen and Kneser 1994"
-    off = np.asarray(discount, float)[np.minimum(count, 3)]
-    total = np.bincount(context, count, n)
+    off, total = np.asarray(discount, float)[np.minimum(count, 3)], np.bincount(context, count, n)
     gamma = np.where(total > 0, np.bincount(context, off, n) / np.maximum(total, 1), 1)
     return (count - off) / np.maximum(total, 1)[context], gamma
 
@@ -139,7 +138,7 @@ def continuation_counts(longer:NGrams, # the n-grams one word longer
     "In how many different contexts an n-gram occurs, one more word to the left. Kneser and Ney 1995"
     return np.bincount(longer.shorter, minlength=n)
 
-# %% ../nbs/02b_ngram.ipynb #18bfaaa9
+# %% ../nbs/02b_ngram.ipynb #7875370d
 SMOOTHINGS = ('mle', 'laplace', 'interpolated', 'kneser_ney', 'modified_kneser_ney')
 
 # For one length k. keys (M,) as in NGrams; logp (M,) log probability of the last word after the others; weight (C,) log gamma of
@@ -155,7 +154,7 @@ def _rule(smoothing, discount, count, context, n, V):
 
 def _smooth(levels, smoothing, V, discount=None, base='uniform'):
     "From counts to one Table for each length"
-    tables, n = [], 1
+    tables, p, n = [], np.array([1 / V]), 1
     for k, g in enumerate(levels):
         alone = k == 0 or smoothing in ('mle', 'laplace')         # nothing shorter to mix with
         count = continuation_counts(levels[k + 1], len(g.count)) if 'kneser' in smoothing and k + 1 < len(levels) else g.count
