@@ -280,7 +280,7 @@ def token_logps(model:nn.Module, # causal; ours or one of transformers
     out = [o[int(bos_id is not None):] for o in out]
     return out[0] if kind == 'document' else out
 
-# %% ../nbs/02_lm.ipynb #f290f6af
+# %% ../nbs/02_lm.ipynb #547a64f1
 def perplexity(model:nn.Module, # causal; with batches also sequence-to-sequence
                ids, # (T,) ids of one document, a list of documents, or batches (a DataLoader) with attention_mask or labels
                *,
@@ -295,7 +295,7 @@ def perplexity(model:nn.Module, # causal; with batches also sequence-to-sequence
     options = dict(stride=stride, window=window, bos_id=bos_id, batch_size=batch_size)
     if kind != 'batches':
         scored = torch.cat([logp[int(bos_id is None):] for logp in token_logps(model, list(items), **options)])
-        return Perplexity(-scored.sum().item(), len(scored))
+        return Perplexity(0 - scored.sum().item(), len(scored))
     for name, value in options.items(): require(value is None, name, value, 'None for batches, which are scored as they are')
     if (causal := model_kind(model) != 'seq2seq'): _check_causal(model)
     total, n = 0., 0
