@@ -71,9 +71,12 @@ class Site:
         "A page for each module, and one that lists them"
         by_module = {p.module: p for p in self.pages if p.module}
         index = Page('api/index.html', 'API reference', 'Every public name of the package, by module'); self.pages.append(index)
-        for m, (doc, syms) in self.modules.items():
+        order = list(by_module)                                         # as the chapters stand; what has no chapter comes last
+        for m in sorted(self.modules, key=lambda m: order.index(m) if m in order else len(order)):
+            doc, syms = self.modules[m]
             page = Page(f'api/{m}.html', f'{self.lib}.{m}', doc.split('\n\n')[0].strip(), source=f'{self.lib}/{m}.py', part='API reference')
-            if m in by_module: page.html = f'<p>Derived and tested in <a href="/{by_module[m].url}">{escape(by_module[m].title)}</a>.</p>'
+            page.chapter = by_module.get(m)
+            if page.chapter: page.html = f'<p>Derived and tested in <a href="/{page.chapter.url}">{escape(page.chapter.title)}</a>.</p>'
             page.sections.append(['', page.title, page.summary])
             for s in syms: self.symbol(s, page, 2)
             self.pages.append(page)
@@ -88,9 +91,10 @@ class Site:
         rows = ''.join(f'<dt><code>{escape(n)}</code>{f" <span>{escape(t)}</span>" if t else ""}{f" <span>= {escape(d)}</span>" if d else ""}</dt>'
                        f'<dd>{escape(note)}</dd>' for n, t, d, note in s.params)
         if s.returns[1]: rows += f'<dt>returns{f" <span>{escape(s.returns[0])}</span>" if s.returns[0] else ""}</dt><dd>{escape(s.returns[1])}</dd>'
+        derived = f'<a href="/{page.chapter.url}#{s.name}">chapter</a> ' if page.chapter and s.name in page.chapter.ids else ''
         kind = s.kind + (f', a kind of {s.bases}' if s.bases else '')
         page.html += (f'<section class="api"><h{level} id="{s.name}"><code>{short}</code> <small>{escape(kind)}</small>'
-                      f'<a class="source" href="{src}">source</a></h{level}><div class="code">{code_html(s.signature)}</div>'
+                      f'<span class="source">{derived}<a href="{src}">source</a></span></h{level}><div class="code">{code_html(s.signature)}</div>'
                       f'{self.render.markdown(s.doc, page, headings=False)}{f"<dl>{rows}</dl>" if rows else ""}</section>')
         page.toc.append((level, s.name, f'<code>{short}</code>'))
         page.sections.append([s.name, s.name, f'{s.doc} {" ".join(f"{n}: {note}" for n, _, _, note in s.params)}'])

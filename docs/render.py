@@ -3,6 +3,7 @@ import ast, base64, hashlib, json, re
 from dataclasses import dataclass, field
 from html import escape, unescape
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from mdit_py_plugins.attrs import attrs_plugin
 from mdit_py_plugins.container import container_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
@@ -26,7 +27,8 @@ class Page:
     label: str = ''                                # 02b for 02b_ngram
     source: str = ''                               # path in the repository
     module: str = ''                               # core for 00_core, if it exports one
-    part: str = ''
+    part: str = ''                                 # of pages that are in no list of the sidebar
+    chapter: object = None                         # the page that derives a module
     html: str = ''
     md: str = ''                                   # the same as Markdown
     toc: list = field(default_factory=list)        # (level, id, HTML of the heading)
@@ -118,10 +120,10 @@ class Renderer:
                 t.attrs['id'] = t.attrs.get('id') or slug(plain(html) or inner.content, page.ids)
                 if t.tag in ('h2', 'h3'): page.toc.append((int(t.tag[1]), t.attrs['id'], re.sub(r'</?a\b[^>]*>', '', html)))
                 page.sections.append([t.attrs['id'], plain(html), ''])
+                anchor = f'<a class="anchor" href="#{escape(t.attrs["id"])}" aria-label="Link to this section"></a>'
+                inner.children.append(Token('html_inline', '', 0, content=anchor))
             if t.type == 'inline': self._link_symbols(t, page, skip=i and tokens[i-1].type == 'heading_open')
         html = MD.renderer.render(tokens, MD.options, env)
-        html = re.sub(r'<(h[2-4])( [^>]*)?id="([^"]+)"([^>]*)>(.*?)</\1>',
-                      r'<\1\2 id="\3"\4>\5<a class="anchor" href="#\3" aria-label="Link to this section">#</a></\1>', html)
         page.needs |= {n for n, mark in (('katex', 'class="math'), ('mermaid', 'class="mermaid"')) if mark in html}
         if page.sections: page.sections[-1][2] += ' ' + plain(html)
         return html
