@@ -7,7 +7,7 @@
     python docs/notebooks.py readme                    README.md from nbs/index.ipynb
 
 Without NB, `run` takes the chapters and the task notebooks, the others every notebook. `make notebooks` calls all five in this order.
-Needs nbformat and nbclient; `export` needs nbdev, pictures of figures need kaleido and a Chromium.
+Needs nbformat and nbclient; `export` needs nbdev, pictures of figures need kaleido, pillow and a Chromium.
 """
 import argparse, ast, base64, configparser, copy, hashlib, json, os, re, sys, tempfile, time
 from pathlib import Path
@@ -166,15 +166,23 @@ def add_pictures(nb):
 
 
 def picture(figure):
-    "The figure, drawn on white, as PNG bytes; smaller until it fits."
-    import kaleido, plotly.io as pio
+    "The figure, drawn on white in at most 64 colors, as PNG bytes; smaller until it fits."
+    import io, warnings, environment, kaleido, plotly.io as pio
+    from PIL import Image
     if not getattr(picture, 'server', False):
+        if path := environment.chromium(): os.environ.setdefault('BROWSER_PATH', path)
         kaleido.start_sync_server(n=1, silence_warnings=True)
         picture.server = True
-    for scale in (1, .85, .7, .55, .4):
-        png = pio.to_image(dict(data=figure['data'], layout=figure['layout']), 'png', width=700, height=figure['layout'].get('height', 420), scale=scale, validate=False)
-        if len(png) <= MAX_PNG: return png
-    raise NotebookFailed(f'a figure needs {len(png):,} bytes as PNG, {MAX_PNG:,} are allowed')
+    layout = {'paper_bgcolor': 'white', **figure['layout']}
+    for scale in (1.5, 1.25, 1, .8, .6, .4):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)                # plotly: its options do not reach a running server
+            png = pio.to_image(dict(data=figure['data'], layout=layout), 'png', width=700, height=layout.get('height', 420), scale=scale, validate=False)
+        image, small = Image.open(io.BytesIO(png)), io.BytesIO()
+        ground = Image.new('RGBA', image.size, 'white')
+        Image.alpha_composite(ground, image.convert('RGBA')).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+        if len(small.getvalue()) <= MAX_PNG: return small.getvalue()
+    raise NotebookFailed(f'a figure needs {len(small.getvalue()):,} bytes as PNG, {MAX_PNG:,} are allowed')
 
 
 def run(paths, *, save=False, profile=None, slow=False, limit=None, stale=False, cwd=None):
