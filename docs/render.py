@@ -125,7 +125,12 @@ class Renderer:
             if t.type == 'inline': self._link_symbols(t, page, skip=i and tokens[i-1].type == 'heading_open')
         html = MD.renderer.render(tokens, MD.options, env)
         page.needs |= {n for n, mark in (('katex', 'class="math'), ('mermaid', 'class="mermaid"')) if mark in html}
-        if page.sections: page.sections[-1][2] += ' ' + plain(html)
+        if page.sections:                                   # the words below each heading, for the search
+            first, *rest = re.split(r'<h\d [^>]*?id="([^"]*)"[^>]*>.*?</h\d>', html, flags=re.S)
+            below = {unescape(i): plain(text) for i, text in zip(rest[::2], rest[1::2])}
+            for section in page.sections: section[2] += ' ' + below.get(section[0], '')
+            before = page.sections[-len(below)-1] if headings else page.sections[-1]
+            before[2] += ' ' + plain(first)
         return html
 
     def _link_symbols(self, inline, page, skip):
@@ -175,9 +180,10 @@ class Renderer:
                 links = ' '.join(f'<a href="/{self.symbols[f"{page.module}.{n}"]}">{n}</a>' for n in public)
                 note = f'<div class="exported" title="part of the package">lmnotes.{page.module} {links}</div>'
             block = f'{ids}<div class="code">{note}{code_html(src)}</div>'
-            if flags.get('code-fold') in ('true', 'show'):
-                label = flags.get('code-summary') or 'Show the code'
-                block = f'<details class="fold"{" open" if flags["code-fold"] == "show" else ""}><summary>{escape(label)}</summary>{block}</details>'
+            fold = flags.get('code-fold') or ('true' if imports_only(src) else '')
+            if fold in ('true', 'show'):
+                label = flags.get('code-summary') or ('Imports' if imports_only(src) else 'Show the code')
+                block = f'<details class="fold"{" open" if fold == "show" else ""}><summary>{escape(label)}</summary>{block}</details>'
             html, md = block + html, f'```python\n{src.rstrip()}\n```' + ('\n\n' + md if md else '')
         return f'<div class="cell">{html}</div>' if html else '', md
 
@@ -240,6 +246,11 @@ def defined(cell):
     flags, src = directives(''.join(cell['source']))
     if not flags.keys() & {'export', 'exports'}: return []
     return [name for name, node in names_in(ast.parse(src)) if not name.startswith('_') and not isinstance(node, ast.ImportFrom)]
+
+def imports_only(src):
+    "Whether a cell holds nothing but imports"
+    try: return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(src).body)
+    except SyntaxError: return False                        # a magic or a shell command
 
 def joined(outputs):
     "The outputs, with what was printed in several goes as one"

@@ -27,7 +27,7 @@ WIDGET = json.dumps(dict(state=dict(n=1), esm='''export default { render({ model
   b.onclick = () => model.set('n', model.get('n') + 1); model.on('change:n', () => b.textContent = model.get('n')) } }''')).replace('<', '\\u003c')
 DEMO = [
     md('# A demonstration\n\n> Every kind of cell'), md('<!-- badges -->\n[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](x)'),
-    code('#| default_exp demo'), code('#| hide\nhidden_cell = 1'),
+    code('#| default_exp demo'), code('#| hide\nhidden_cell = 1'), code('#| export\nimport math'),
     md('## Ideas\nSee [(9.1)](#eq-short), [(9.2)](#eq-long), `el` and [another chapter](02_second.ipynb#eq-other). Costs $p(x_t|x_{<t})$.[^1]\n\n[^1]: A footnote.'),
     md('A word.[^1]\n\n[^1]: Another footnote.'),
     md('| symbol | meaning |\n|---|---|\n| $p(a|b)$ | a bar in a table |'),
@@ -90,6 +90,7 @@ def test_cells_become_what_they_should(demo):
     for there in 'shown_code', '100% done', '<script>alert(1)</script>', 'a < b', 'A caption', 'Folded title', 'A tip.', 'A footnote.', 'Another footnote.', 'a bar in a table': assert there in text, there
     assert '<pre class="stdout">row 1\nrow 2</pre>' in page
     assert '<script>alert' not in page and re.search(r'<td><span class="math">p\(a\\vert b\)</span></td>', page)
+    assert re.search(r'<details class="fold"><summary>Imports</summary>.*?math', page, re.S)
     assert re.search(r'<details class="fold"><summary>Solution to 1</summary>.*?solved', page, re.S)
     assert re.search(r'<details class="callout warning">\s*<summary class="callout-title">Folded title', page)
     assert 'src="assets/colab.svg"' in page and '/blob/main/nbs/01_demo.ipynb' in page
@@ -105,6 +106,13 @@ def test_text_for_language_models(demo):
     page = (demo/'demo.md').read_text()
     assert '> Every kind of cell' in page and '100% done' in page and r'\tag{9.2}' in page and '[Figure: A line' in page and 'hidden_cell' not in page
     assert page.partition('\n\n> ')[2] in (demo/'llms-full.txt').read_text()
+
+def test_search_knows_what_stands_where(demo):
+    index = json.loads((demo/'search.js').read_text().removeprefix('window.LM_SEARCH='))
+    text = {(title, head): words for title, head, _, words in index}
+    assert 'another chapter' in text['A demonstration', 'Ideas'] and 'Folded text' in text['A demonstration', 'Ideas']
+    assert 'One.' in text['A demonstration', 'Exercises'] and 'another chapter' not in text['A demonstration', 'Exercises']
+    assert 'hidden_cell' not in json.dumps(index) and ['lmnotes.core', 'el', 'api/core.html#el'] in [row[:3] for row in index]
 
 @pytest.mark.parametrize('line, said', [
     ('<script src="https://cdn.example.org/x.js"></script>', 'from another host'), ('![](https://example.org/a.png)', 'from another host'),
@@ -250,7 +258,7 @@ def test_figures_diagrams_and_controls(chromium, demo_url):
         assert page.locator('.mermaid svg .node').count() == 2
         page.locator('.count').click(); assert page.locator('.count').inner_text() == '2'
         assert page.locator('.katex').count() >= 5
-        fold = page.locator('details.fold'); assert not fold.locator('pre').is_visible(); fold.locator('summary').click(); assert fold.locator('pre').is_visible()
+        fold = page.locator('details.fold').last; assert not fold.locator('pre').is_visible(); fold.locator('summary').click(); assert fold.locator('pre').is_visible()
 
 @pytest.mark.slow
 def test_theme(chromium, demo_url):
