@@ -20,11 +20,12 @@ import nbformat, sys
 from nbclient import NotebookClient
 nb = nbformat.read(sys.argv[1], 4)
 fake = """
-import sys, types
-google, colab, output = types.ModuleType('google'), types.ModuleType('google.colab'), types.ModuleType('google.colab.output')
-google.colab, colab.output, output.enable_custom_widget_manager = colab, output, lambda: None
-output.register_callback = lambda name, f: None
-sys.modules |= {'google': google, 'google.colab': colab, 'google.colab.output': output}
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+google, colab, output = (module_from_spec(ModuleSpec(n, None, is_package=True)) for n in ('google', 'google.colab', 'google.colab.output'))
+google.colab, colab.output, output.enable_custom_widget_manager, output.register_callback = colab, output, lambda: None, lambda name, f: None
+sys.modules |= {m.__name__: m for m in (google, colab, output)}
 """
 nb.cells.insert(0, nbformat.v4.new_code_cell(fake))
 for c in nb.cells:
