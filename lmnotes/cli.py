@@ -11,32 +11,34 @@ import argparse, asyncio, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from .core import LmnotesError, atomic_write, doctor, fresh_dir, require
 
-# %% ../nbs/00b_cli.ipynb #6e36c59d
+# %% ../nbs/00b_cli.ipynb #323b3213
 def notebooks_dir()->Path: # nbs/ of a checkout, else lmnotes/notebooks of an installed wheel
     "The folder that holds the chapters"
     import lmnotes
     package = Path(lmnotes.__file__).parent
     checkout = package.parent/'nbs'
     if checkout.is_dir() and (package.parent/'settings.ini').exists(): return checkout
-    require((package/'notebooks').is_dir(), 'the installed package', str(package), 'complete, with its notebooks: reinstall lmnotes')
+    require((package/'notebooks').is_dir(), 'package', str(package), 'complete, with its notebooks: reinstall lmnotes')
     return package/'notebooks'
 
-# %% ../nbs/00b_cli.ipynb #2ba959f3
+# %% ../nbs/00b_cli.ipynb #07d7e067
 def copy_notebooks(folder, # where to put them; made if missing
                    overwrite:bool=False, # True replaces notebooks of the same names
                    )->list: # the files written
-    "Copy the chapters and the task notebooks to `folder`; refuse before writing anything if one of the names is taken"
+    "Copy the chapters and the task notebooks to `folder`; refuse before the first write if a name is taken"
     src, dst = notebooks_dir(), Path(folder).expanduser()
-    names = sorted(p.relative_to(src) for p in [*src.glob('*.ipynb'), *src.glob('tasks/*.ipynb')] if not p.name.startswith(('.', '_')))
+    found = [p for p in [*src.glob('*.ipynb'), *src.glob('tasks/*.ipynb')] if p.name[0] not in '._']
+    names = sorted(p.relative_to(src) for p in found)
     require(not dst.exists() or dst.is_dir(), 'folder', str(dst), 'a folder, and here is a file')
     taken = [str(n) for n in names if (dst/n).exists()]
-    require(overwrite or not taken, 'folder', str(dst), f'without notebooks of the same names; {", ".join(taken[:3])}{" and more are" if len(taken) > 3 else ""} there (--overwrite replaces them)')
+    some = ', '.join(taken[:3]) + (', ...' if len(taken) > 3 else '')
+    require(overwrite or not taken, 'folder', str(dst), f'without {some} in it (--overwrite replaces what is there)')
     for n in names:
         (dst/n).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(dst/n) as f: f.write((src/n).read_bytes())
     return [dst/n for n in names]
 
-# %% ../nbs/00b_cli.ipynb #c2f72b6d
+# %% ../nbs/00b_cli.ipynb #25549c64
 def cell_titles(cells, # a notebook's cells
                 )->list: # per cell: the nearest heading above it, or its own first line of code
     "What to call each cell while it runs: a heading names the first code cell under it"
@@ -44,14 +46,14 @@ def cell_titles(cells, # a notebook's cells
     for c in cells:
         lines = [l.strip() for l in c['source'].splitlines() if l.strip()]
         code = [l for l in lines if not l.startswith(('#', '%', '!'))]
-        if c['cell_type'] == 'markdown': heading = next((l.lstrip('# ') for l in reversed(lines) if re.match('#+ ', l)), heading)
+        if c['cell_type'] == 'markdown': heading = ([heading] + [l.lstrip('# ') for l in lines if re.match('#+ ', l)])[-1]
         titles.append(heading or (code or lines or [''])[0])
         if c['cell_type'] == 'code': heading = ''
     return titles
 
-# %% ../nbs/00b_cli.ipynb #984e844c
+# %% ../nbs/00b_cli.ipynb #0637c01e
 class Progress:
-    "One line per cell: number, title, seconds. On a terminal it lives while the cell runs, elsewhere it is repeated every 15 s"
+    "One line per cell: number, title, seconds. It lives while the cell runs; in a log it is repeated every 15 s"
     def __init__(self, n:int, # how many cells will run
                  file=None): # where to write; None means standard output
         self.n, self.i, self.file = n, 0, file or sys.stdout
@@ -64,23 +66,27 @@ class Progress:
         self.last = next((l.strip() for l in reversed(re.split(r'[\r\n]', text)) if l.strip()), self.last)
         self.show()
     def show(self): # time passed
-        if self.tty or time.monotonic() - self.shown >= 15: self._write('  ' + self.last, end='' if self.tty else '\n')
+        due = self.tty or time.monotonic() - self.shown >= 15
+        if due: self._write('  ' + self.last, end='' if self.tty else '\n')
     def done(self, mark=''): # the cell ended
         self._write('  ' + mark, end='\n')
     def _write(self, after, end):
         self.shown = time.monotonic()
-        line = f'[{self.i:>{len(str(self.n))}}/{self.n}] {self.title[:44]:<44} {self.shown-self.t0:6.1f} s{after}'.rstrip()
-        self.file.write(f'\r{line[:shutil.get_terminal_size().columns-1]}\x1b[K{end}' if self.tty else line + end)
+        at = f'{self.i:>{len(str(self.n))}}/{self.n}'
+        line = f'[{at}] {self.title[:44]:<44} {self.shown-self.t0:6.1f} s{after}'.rstrip()
+        wide = shutil.get_terminal_size().columns - 1
+        self.file.write(f'\r{line[:wide]}\x1b[K{end}' if self.tty else line + end)
         self.file.flush()
 
-# %% ../nbs/00b_cli.ipynb #2e253738
+# %% ../nbs/00b_cli.ipynb #edb2e497
 def _client(nb, progress, folder):
     "An nbclient client on this very Python, telling `progress` what a running cell prints"
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from nbclient import NotebookClient
+    argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
     class ThisPython(KernelSpecManager):
-        def get_kernel_spec(self, name): return KernelSpec(argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], display_name=name, language='python')
+        def get_kernel_spec(self, name): return KernelSpec(argv=argv, display_name=name, language='python')
     class Client(NotebookClient):
         def process_message(self, msg, cell, index):
             content = msg['content']
@@ -90,7 +96,7 @@ def _client(nb, progress, folder):
     km = AsyncKernelManager(kernel_name='python3', kernel_spec_manager=ThisPython())
     return Client(nb, km=km, timeout=None, resources={'metadata': {'path': str(folder)}})
 
-# %% ../nbs/00b_cli.ipynb #ec7bedc8
+# %% ../nbs/00b_cli.ipynb #8b0225e4
 _skip = re.compile(r'^#\|\s*(eval:\s*false|slow|gpu)\b', re.M)
 
 async def run_cells(nb, # an nbformat notebook; outputs are stored in it
@@ -98,7 +104,7 @@ async def run_cells(nb, # an nbformat notebook; outputs are stored in it
                     folder, # the kernel's working folder
                     **start, # to the kernel's process: env, stderr
                     )->None:
-    "Execute the code cells in a fresh kernel, but for those marked eval: false, slow or gpu; stop it whatever happens"
+    "Execute the code cells in a fresh kernel, but for those marked eval: false, slow or gpu; always stop the kernel"
     client, titles = _client(nb, progress, folder), cell_titles(nb.cells)
     client.reset_execution_trackers()
     task = asyncio.current_task()
@@ -129,22 +135,25 @@ def tour_dir(out, # the folder asked for
     for name in ('index.html', 'metrics.json'): (out/name).unlink(missing_ok=True)
     return out
 
-# %% ../nbs/00b_cli.ipynb #50cbcb00
+# %% ../nbs/00b_cli.ipynb #1051fac4
 def metrics_table(metrics:dict, # a tour's metrics.json
                   )->str:
     "The numbers of a run, one a line"
-    show = lambda v: f'{v:,.4g}' if isinstance(v, float) and abs(v) < 1e4 else f'{v:,.0f}' if isinstance(v, (int, float)) and not isinstance(v, bool) else str(v)
+    def show(v):
+        if isinstance(v, (bool, str)): return str(v)
+        return f'{v:,.4g}' if isinstance(v, float) and abs(v) < 1e4 else f'{v:,.0f}'
     rows = [(k.replace('_', ' '), show(v)) for k, v in metrics.items() if isinstance(v, (str, int, float))]
     wide = max((len(k) for k, _ in rows), default=0)
     return '\n'.join(f'{k:<{wide}}  {v:>12}' for k, v in rows)
 
-# %% ../nbs/00b_cli.ipynb #bb9b6132
+# %% ../nbs/00b_cli.ipynb #ad2a957a
 def tour(out='out/tour', # folder for index.html, metrics.json and the executed notebook
          overwrite:bool=False, # True: write into a folder that holds other things
          notebook=None, # another notebook to run in the tour's place
          )->int: # exit code
     "Run the tour in a fresh kernel with progress, then print its numbers; a failing cell ends it with its error"
-    try: import nbformat, nbclient, ipykernel
+    try:
+        import nbformat, nbclient, ipykernel  # noqa: F401  it runs the kernel
     except ImportError as e: raise LmnotesError(f"the tour needs {e.name}: pip install 'lmnotes[viz,notebooks]'") from None
     path = Path(notebook or notebooks_dir()/'tour.ipynb')
     require(path.is_file(), 'notebook', str(path), 'a notebook that exists')
@@ -153,18 +162,19 @@ def tour(out='out/tour', # folder for index.html, metrics.json and the executed 
     for c in nb.cells:
         if c.cell_type == 'code': c.outputs, c.execution_count = [], None
     progress = Progress(len(todo))
-    env = {**os.environ, 'LMNOTES_OUT': str(out), 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'PLOTLY_RENDERER': os.environ.get('PLOTLY_RENDERER', 'plotly_mimetype')}
+    env = {'PLOTLY_RENDERER': 'plotly_mimetype', **os.environ, 'LMNOTES_OUT': str(out), 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
     try:
         with open(out/'kernel.log', 'w') as log: asyncio.run(run_cells(nb, progress, out, env=env, stderr=log))
     except nbclient.exceptions.CellExecutionError as e: return _failed(progress, e, out)
     except (nbclient.exceptions.DeadKernelError, asyncio.CancelledError, KeyboardInterrupt) as e:
-        if progress.stopped or isinstance(e, KeyboardInterrupt): return _say(130, 'stopped by Ctrl-C; the kernel is shut down')
-        return _say(1, f'the kernel died, most often for lack of memory (lmnotes doctor shows how much there is); its log is {out/"kernel.log"}')
+        if progress.stopped or isinstance(e, KeyboardInterrupt):
+            return _say(130, 'stopped by Ctrl-C; the kernel is shut down')
+        return _say(1, f'the kernel died, most often for lack of memory (see lmnotes doctor); its log is {out/"kernel.log"}')
     finally:
         with atomic_write(out/'tour.ipynb', 'w') as f: f.write(nbformat.writes(nb))
     return _finish(out)
 
-# %% ../nbs/00b_cli.ipynb #1939b467
+# %% ../nbs/00b_cli.ipynb #36ca2cc9
 def _say(code, text):
     print(f'lmnotes: {text}', file=sys.stderr)
     return code
@@ -172,11 +182,12 @@ def _say(code, text):
 def _failed(progress, e, out):
     "The failing cell's own error, not the runner's"
     trace = re.sub(r'\x1b\[[0-9;]*m', '', e.traceback).strip().splitlines()
-    hint = "; pip install 'lmnotes[viz,notebooks]' brings what the notebooks use" if e.ename == 'ModuleNotFoundError' else ''
+    missing = e.ename == 'ModuleNotFoundError'
+    hint = "; pip install 'lmnotes[viz,notebooks]' brings what the notebooks use" if missing else ''
     here = [l for l in trace if re.match(r'-+> *\d+ ', l)]
-    where = '\n'.join(f'    {l}' for l in (here[:1] + here[-1:] if len(here) > 1 else here))
-    print(where, file=sys.stderr)
-    return _say(1, f'cell {progress.i} of {progress.n} ({progress.title}) failed: {e.ename}: {e.evalue.strip()[:2000]}{hint}\nThe whole trace is in {out/"tour.ipynb"}')
+    for l in dict.fromkeys(here[:1] + here[-1:]): print(f'    {l}', file=sys.stderr)      # in the cell, and where it broke
+    error = f'{e.ename}: {e.evalue.strip()[:2000]}{hint}\nThe whole trace is in {out/"tour.ipynb"}'
+    return _say(1, f'cell {progress.i} of {progress.n} ({progress.title}) failed: {error}')
 
 def _finish(out):
     try: metrics = json.loads((out/'metrics.json').read_text(encoding='utf-8'))
@@ -185,7 +196,7 @@ def _finish(out):
     if (out/'index.html').exists(): print(f'\nOpen {out/"index.html"}')
     return 0
 
-# %% ../nbs/00b_cli.ipynb #e31fc02f
+# %% ../nbs/00b_cli.ipynb #81c4b822
 class _Parser(argparse.ArgumentParser):
     def error(self, message): self.exit(2, f'{self.prog}: {message} ({self.prog} --help shows how)\n')
 
@@ -196,10 +207,11 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--version', action='version', version=f'lmnotes {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='tour | notebooks | doctor')
     t = sub.add_parser('tour', help='fine-tune a small language model on Shakespeare and look at it (a few minutes)')
-    t.add_argument('--out', default='out/tour', metavar='DIR', help='folder for the page and the numbers (default: %(default)s)')
+    t.add_argument('--out', default='out/tour', metavar='DIR', help='folder for page and numbers (default: %(default)s)')
     t.add_argument('--overwrite', action='store_true', help='write into a folder that already holds other things')
     n = sub.add_parser('notebooks', help='copy the chapters into a folder of yours')
-    n.add_argument('dir', metavar='DIR'); n.add_argument('--overwrite', action='store_true', help='replace notebooks of the same names')
+    n.add_argument('dir', metavar='DIR')
+    n.add_argument('--overwrite', action='store_true', help='replace notebooks of the same names')
     sub.add_parser('doctor', help='device, precision, memory, versions: what would keep the chapters from running here')
     return p
 

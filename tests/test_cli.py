@@ -1,9 +1,9 @@
 "The lmnotes command as a process: exit codes, what it says, Ctrl-C, an installed package"
-import json, os, shutil, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from lmnotes.cli import Progress, cell_titles, copy_notebooks, main, metrics_table, notebooks_dir, tour_dir
+from lmnotes.cli import Progress, cell_titles, main, metrics_table, notebooks_dir, tour_dir
 from lmnotes.core import LmnotesError
 
 ROOT = Path(__file__).parent.parent
