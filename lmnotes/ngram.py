@@ -207,16 +207,16 @@ def _distribution(words, tables, V, context):
         p[words[keys[a:b] % len(words)]] = np.exp(logp[a:b])
     return p
 
-# %% ../nbs/02b_ngram.ipynb #380c9f02
+# %% ../nbs/02b_ngram.ipynb #aa483d14
 def _arpa(words, tables, names):
     "The lines of an ARPA file. Markers that readers insist on are added where they are missing"
-    log10 = lambda x: np.maximum(np.asarray(x) / np.log(10), -99)
-    extra = [w for w in ('<unk>', '<s>', '</s>') if w not in names]
+    log10, extra = lambda x: np.maximum(np.asarray(x) / np.log(10), -99), [w for w in ('<unk>', '<s>', '</s>') if w not in names]
     yield '\n'.join(['\\data\\', f'ngram 1={len(names) + len(extra)}'] + [f'ngram {k}={len(t.keys)}' for k, t in enumerate(tables[1:], 2)])
     grams = np.zeros((1, 0), np.int64)
     for k, t in enumerate(tables, 1):
         yield f'\n\\{k}-grams:'
-        if k == 1: yield from [f'-99\t{w}' for w in extra] + [f'{log10(t.weight[0] + t.below):.7g}\t{names[i]}' for i in np.setdiff1d(np.arange(len(names)), words)]
+        unseen = [names[i] for i in np.setdiff1d(np.arange(len(names)), words)] if k == 1 else []
+        yield from [f'-99\t{w}' for w in extra if k == 1] + [f'{log10(t.weight[0] + t.below):.7g}\t{w}' for w in unseen]
         grams = np.column_stack([grams[t.keys // len(words)], words[t.keys % len(words)]])
         text = [' '.join([names[i] for i in gram]) for gram in grams.tolist()]
         weights = [f'\t{w:.7g}' for w in log10(tables[k].weight)] if k < len(tables) else [''] * len(text)
