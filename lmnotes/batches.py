@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['pack', 'collate', 'pack_stream']
 
-# %% ../nbs/01b_batches.ipynb #96639137
-from array import array
+# %% ../nbs/01b_batches.ipynb #1831928b
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 import numpy as np
 from .core import LmnotesError, LmnotesTypeError, known_name, require
 
-# %% ../nbs/01b_batches.ipynb #4e682ca2
+# %% ../nbs/01b_batches.ipynb #1aa90734
 def _is_int(x, least, below=2**63): return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and least <= x < below
 
 def _blame(rows, name):
@@ -33,26 +33,24 @@ def _flatten(rows, name, vocab_size=None, least=0):
     require(len(rows) > 0, name, rows, 'at least one row')
     try:
         n = np.fromiter(map(len, rows), np.int64, len(rows))
-        for i in np.flatnonzero(n == 0): require(False, f'{name}[{i}]', rows[i], 'not empty')
-        if all(isinstance(r, list) for r in rows):
-            flat = array('q')                                    # the fastest way from lists to 64-bit integers
-            for r in rows: flat.fromlist(r)
+        if not n.all(): require(False, f'{name}[{n.argmin()}]', rows[n.argmin()], 'not empty')
+        if all([isinstance(r, list) for r in rows]):                    # the fastest way from lists to 64-bit integers
+            flat = np.array(np.frombuffer(b''.join([struct.pack(f'{len(r)}q', *r) for r in rows]), np.int64))
         else: flat = np.concatenate([np.asarray(r) for r in rows])
-        flat = np.asarray(flat)
         if flat.ndim != 1 or flat.dtype.kind not in 'iu': raise TypeError('no ids')
     except LmnotesError: raise
-    except (TypeError, ValueError, OverflowError): _blame(rows, name); raise
+    except (TypeError, ValueError, struct.error): _blame(rows, name); raise
     _check_ids(flat, n, name, least, vocab_size or 2**63)
-    return flat.astype(np.int64), n
+    return flat.astype(np.int64, copy=False), n
 
-# %% ../nbs/01b_batches.ipynb #eb561bd1
+# %% ../nbs/01b_batches.ipynb #cce83c0a
 def _rows(flat, doc, block_size):
     "Cut (N,) ids and the document number of each into rows; the last may be shorter"
-    at = np.arange(len(flat))
-    new = at % block_size == 0
-    new[1:] |= doc[1:] != doc[:-1]
-    start = np.maximum.accumulate(np.where(new, at, 0))               # where the piece each id is in begins
-    first = doc[at - at % block_size]                                 # the document each row begins with
+    at, new = np.arange(len(flat)), np.ones(len(flat), bool)
+    new[1:] = doc[1:] != doc[:-1]                                     # a document begins,
+    new[::block_size] = True                                          # or a row
+    start = np.maximum.accumulate(at*new)                             # where the piece each id is in began
+    first = np.repeat(doc[::block_size], block_size)[:len(doc)]       # the document each row begins with
     columns = dict(input_ids=flat, position_ids=at - start, segment_ids=doc - first + 1, labels=np.where(new, -100, flat))
     return [{k: v[a:a+block_size] for k, v in columns.items()} for a in range(0, len(flat), block_size)]
 
@@ -81,7 +79,7 @@ def _check_pack(block_size, eos_id, vocab_size):
     require(vocab_size is None or _is_int(vocab_size, 1), 'vocab_size', vocab_size, 'None or an integer of 1 or more')
     require(eos_id is None or _is_int(eos_id, 0, vocab_size or 2**63), 'eos_id', eos_id, 'None or an id of the vocabulary')
 
-# %% ../nbs/01b_batches.ipynb #9d4cde77
+# %% ../nbs/01b_batches.ipynb #5726ac47
 _fill = dict(labels=-100, position_ids=0, segment_ids=0, token_type_ids=0)
 
 def collate(rows:list, # B rows: token ids, or dicts of input_ids and, optionally, labels, position_ids, segment_ids, token_type_ids
@@ -97,8 +95,8 @@ def collate(rows:list, # B rows: token ids, or dicts of input_ids and, optionall
     rows, keys = _check_rows(rows)
     flat, n = _flatten([r['input_ids'] for r in rows], 'input_ids', vocab_size)
     T = -(-int(n.max())//multiple_of)*multiple_of
-    places = np.arange(T)
-    real = places < n[:, None] if side == 'right' else places >= T - n[:, None]
+    positions = np.arange(T) - (0 if side == 'right' else T - n[:, None])           # (B,T) below 0 or from n on: padding
+    real = (positions >= 0) & (positions < n[:, None])
     require(real.all() or _is_int(pad_id, 0, vocab_size or 2**63), 'pad_id', pad_id, 'a token id, since the rows are filled up to one length; the eos id will do')
 
     def lay(flat, fill):
@@ -106,13 +104,13 @@ def collate(rows:list, # B rows: token ids, or dicts of input_ids and, optionall
         out[real] = flat
         return torch.from_numpy(out)
 
-    columns = dict(position_ids=np.arange(len(flat)) - np.repeat(n.cumsum()-n, n), labels=flat) | {k: _column(rows, k, n) for k in keys}
-    return dict(input_ids=lay(flat, 0 if pad_id is None else pad_id), attention_mask=torch.from_numpy(real)) | {k: lay(v, _fill[k]) for k, v in columns.items()}
+    batch = dict(input_ids=lay(flat, 0 if pad_id is None else pad_id), attention_mask=torch.from_numpy(real), position_ids=torch.from_numpy(positions*real))
+    return batch | {k: lay(v, _fill[k]) for k, v in (dict(labels=flat) | {k: _column(rows, k, n) for k in keys}).items()}
 
-# %% ../nbs/01b_batches.ipynb #0f1622a1
+# %% ../nbs/01b_batches.ipynb #58a67fc4
 def _check_rows(rows):
     "The rows as dicts, and their columns besides input_ids"
-    rows = [r if isinstance(r, Mapping) else {'input_ids': r} for r in rows]
+    rows = [r if isinstance(r, (dict, Mapping)) else {'input_ids': r} for r in rows]
     require(rows and 'input_ids' in rows[0], 'rows', rows, 'at least one row with input_ids')
     for i, r in enumerate(rows):
         if r.keys() != rows[0].keys(): require(False, f'rows[{i}]', list(r), f'with the columns of rows[0]: {list(rows[0])}')
@@ -123,7 +121,7 @@ def _check_rows(rows):
 def _column(rows, key, n):
     "(sum of n,) one column of all rows, which must be as long as input_ids"
     flat, m = _flatten([r[key] for r in rows], key, least=-100 if key == 'labels' else 0)
-    for i in np.flatnonzero(m != n): require(False, f'rows[{i}][{key!r}]', f'{m[i]} values', f'as long as its input_ids, {n[i]}')
+    if (i := int((m != n).argmax())) or m[0] != n[0]: require(False, f'rows[{i}][{key!r}]', f'{m[i]} values', f'as long as its input_ids, {n[i]}')
     return flat
 
 # %% ../nbs/01b_batches.ipynb #a7c93af1

@@ -168,7 +168,8 @@ def clean_text(s:str, # one text
     s = re.sub(r'[^\S\n]+', ' ', s)
     return re.sub(r'\n{3,}', '\n\n', re.sub(r' ?\n ?', '\n', s)).strip()
 
-# %% ../nbs/01_data.ipynb #c4563094
+# %% ../nbs/01_data.ipynb #0ebd5052
+_stop = set('the be to of and that have with'.split())
 RULES = dict(words=(50, 100_000), word_length=(3, 10), symbols=(0, .1), alphabetic=(.8, 1), stop_words=(2, np.inf), repeated_lines=(0, .3))
 
 def quality(text:str, # one text
@@ -180,29 +181,7 @@ def quality(text:str, # one text
                 alphabetic=sum(any(c.isalpha() for c in w) for w in words)/n, stop_words=len(_stop & {w.lower() for w in words}),
                 repeated_lines=1 - len(set(lines))/max(1, len(lines)))
 
-_stop = set('the be to of and that have with'.split())
-
-def failed_rules(text:str, # one text
-                 rules:dict=RULES, # measure: (least, most); leave out or change what does not suit your corpus
-                 )->list[str]: # names of the rules it breaks; empty means keep it
-    "The rules a text breaks"
-    q = quality(text)
-    return [k for k, (low, high) in rules.items() if not low <= q[known_name(k, q, 'rule')] <= high]
-
-# %% ../nbs/01_data.ipynb #473db5fe
-RULES = dict(words=(50, 100_000), word_length=(3, 10), symbols=(0, .1), alphabetic=(.8, 1), stop_words=(2, np.inf), repeated_lines=(0, .3))
-
-def quality(text:str, # one text
-            )->dict[str, float]: # the measures that RULES has limits for
-    "Six measures of a text, as in Gopher (Rae et al. 2021, table A1)"
-    words, lines = text.split(), [l for l in text.split('\n') if l.strip()]
-    n = max(1, len(words))
-    return dict(words=len(words), word_length=sum(map(len, words))/n, symbols=(text.count('#') + text.count('...') + text.count('…'))/n,
-                alphabetic=sum(any(c.isalpha() for c in w) for w in words)/n, stop_words=len(_stop & {w.lower() for w in words}),
-                repeated_lines=1 - len(set(lines))/max(1, len(lines)))
-
-_stop = set('the be to of and that have with'.split())
-
+# %% ../nbs/01_data.ipynb #d8a26c13
 def failed_rules(text:str, # one text
                  rules:dict=RULES, # measure: (least, most); leave out or change what does not suit your corpus
                  )->list[str]: # names of the rules it breaks; empty means keep it

@@ -11,13 +11,11 @@ def rows():
     logging.set_verbosity_error()
     texts = load_corpus('kjv', 'train')['text'][:256]
     tokenizer = train_tokenizer(texts, vocab_size=2000)
-    tokenizer.pad_token = tokenizer.eos_token
     docs = tokenizer(texts)['input_ids']
     rng = np.random.default_rng(0)
     for side in ('right', 'left'):
         # a batch as fine-tuning sees it: 32 rows of 16 to 512 ids with labels, lists of int as `datasets` gives them
         batch = [dict(input_ids=d[:n], labels=d[:n]) for d, n in zip(docs, rng.integers(16, 512, 32))]
-        tokenizer.padding_side = side
         seq2seq = DataCollatorForSeq2Seq(type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, pad_token='<|endoftext|>', padding_side=side))
 
         def same(batch=batch, seq2seq=seq2seq, side=side):
