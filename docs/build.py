@@ -50,6 +50,8 @@ class Site:
         for m, (_, syms) in self.modules.items():
             for name in [n for s in syms for n in [s.name] + [x.name for x in s.members]]:
                 symbols[f'{m}.{name}'] = f'api/{m}.html#{name}'; symbols.setdefault(name, f'api/{m}.html#{name}')
+        for m, s in [(m, s) for m, (_, syms) in self.modules.items() for s in syms if s.kind == 'from another module']:
+            symbols[f'{m}.{s.name}'] = symbols[s.name] = symbols[s.signature]          # documented where it is defined
         self.render, self.pages, self.parts, self.files = Renderer(symbols), [], [], {}
 
     def chapters(self):
@@ -97,7 +99,7 @@ class Site:
                       f'<span class="source">{derived}<a href="{src}">source</a></span></h{level}><div class="code">{code_html(s.signature)}</div>'
                       f'{self.render.markdown(s.doc, page, headings=False)}{f"<dl>{rows}</dl>" if rows else ""}</section>')
         page.toc.append((level, s.name, f'<code>{short}</code>'))
-        page.sections.append([s.name, s.name, f'{s.doc} {" ".join(f"{n}: {note}" for n, _, _, note in s.params)}'])
+        if s.kind != 'from another module': page.sections.append([s.name, s.name, f'{s.doc} {" ".join(f"{n}: {note}" for n, _, _, note in s.params)}'])
         page.md += f'{"#" * level} {s.name}\n\n```python\n{s.signature}\n```\n\n{s.doc}\n\n' + ''.join(f'- `{n}`: {d}\n' for n, _, _, d in s.params if d) + '\n'
         for sub in s.members: self.symbol(sub, page, level + 1)
 

@@ -151,24 +151,18 @@ class Renderer:
 
     def notebook(self, nb, page):
         "Fill `page` from a notebook's stored cells"
-        cells, html, md = list(nb['cells']), [], []
+        cells, html, md = merged(nb['cells']), [], []
         names = [defined(c) if c['cell_type'] == 'code' else [] for c in cells]
         page.ids |= {n for ns in names for n in ns}
         page.sections.append(['', page.title, page.summary])
         for cell, ns in zip(cells, names):
-            src = ''.join(cell['source'])
-            if cell['cell_type'] == 'markdown':
-                if is_title(src) or '<!-- badges -->' in src: continue
-                html.append(self.markdown(src, page)); md.append(src)
-            elif cell['cell_type'] == 'code':
-                h, m = self.code(cell, page, ns)
-                html.append(h); md.append(m)
+            h, m = self.code(cell, page, ns) if cell['cell_type'] == 'code' else (self.markdown(cell['source'], page), cell['source'])
+            html.append(h); md.append(m)
         page.html, page.md = '\n'.join(filter(None, html)), '\n\n'.join(filter(None, md)) + '\n'
 
     def code(self, cell, page, names):
         "A code cell: its code without directives, then its outputs"
         flags, src = directives(''.join(cell['source']))
-        if flags.keys() & {'hide', 'default_exp'} or flags.get('include') == 'false': return '', ''
         outs = [] if 'hide_output' in flags or flags.get('output') == 'false' else [self.output(o, page) for o in joined(cell.get('outputs', []))]
         html, md = ''.join(h for h, _ in outs), '\n\n'.join(m for _, m in outs if m)
         if html and flags.get('fig-cap'): html = f'<figure>{html}<figcaption>{MD.renderInline(flags["fig-cap"])}</figcaption></figure>'
@@ -248,9 +242,23 @@ def defined(cell):
     return [name for name, node in names_in(ast.parse(src)) if not name.startswith('_') and not isinstance(node, ast.ImportFrom)]
 
 def imports_only(src):
-    "Whether a cell holds nothing but imports"
-    try: return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(src).body)
+    "Whether a cell holds nothing but imports, and names to hand on"
+    try: body = ast.parse(src).body
     except SyntaxError: return False                        # a magic or a shell command
+    return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) or ast.unparse(n).startswith('_all_ =') for n in body)
+
+def merged(cells):
+    "The cells that show, with neighboring cells of imports as one"
+    out = []
+    for cell in cells:
+        src = ''.join(cell['source']); flags, body = directives(src)
+        if cell['cell_type'] == 'markdown': hidden = is_title(src) or '<!-- badges -->' in src
+        else: hidden = flags.keys() & {'hide', 'default_exp'} or flags.get('include') == 'false'
+        if hidden or cell['cell_type'] == 'raw': continue
+        imports = cell['cell_type'] == 'code' and not cell.get('outputs') and imports_only(body)
+        if imports and out and out[-1].get('imports'): out[-1]['source'] += '\n' + body
+        else: out.append({**cell, 'source': body if imports else src, 'imports': imports})
+    return out
 
 def joined(outputs):
     "The outputs, with what was printed in several goes as one"
