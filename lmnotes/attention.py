@@ -92,7 +92,7 @@ def segment_mask(
     require(segment_ids.ndim == 2, 'segment_ids', tuple(segment_ids.shape), 'of shape (B,T)')
     return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
 
-# %% ../nbs/03_attention.ipynb #a05406ce
+# %% ../nbs/03_attention.ipynb #14d424ed
 class KVCache:
     "Keys and values of the positions read so far, one pair of (B,G,S,K) tensors a layer."
     def __init__(self): self.layers = []
@@ -100,9 +100,10 @@ class KVCache:
     def update(self,
         k:Tensor, # (B,G,T,K) keys of the new positions
         v:Tensor, # (B,G,T,K) values of the new positions
-        layer:int, # which layer they belong to
+        layer:int, # which layer they belong to, from 0; a new layer comes right after the last
     )->tuple[Tensor, Tensor]: # keys and values of all positions, (B,G,S+T,K)
         "Append new positions and return everything."
+        require(0 <= layer <= len(self.layers), 'layer', layer, f'from 0 to {len(self.layers)}, the number of layers held')
         if layer == len(self.layers): self.layers.append((k, v))
         else: self.layers[layer] = tuple(torch.cat(pair, 2) for pair in zip(self.layers[layer], (k, v)))
         return self.layers[layer]
@@ -111,14 +112,15 @@ class KVCache:
         "Number of positions held."
         return self.layers[0][0].shape[2] if self.layers else 0
 
-    def crop(self, max_length:int):
+    def crop(self, max_length:int # positions to keep, 0 or more
+    ):
         "Forget all positions from `max_length` on."
         require(max_length >= 0, 'max_length', max_length, '0 or more')
         self.layers = [(k[:, :, :max_length], v[:, :, :max_length]) for k, v in self.layers]
 
-# %% ../nbs/03_attention.ipynb #d95c907c
+# %% ../nbs/03_attention.ipynb #14f16542
 class MultiHeadAttention(nn.Module):
-    "Causal or masked self-attention with several heads, equation (3.3)."
+    "Causal or masked self-attention with several heads, equation (3.3); with fewer key heads than query heads, [Ainslie et al. 2023](https://arxiv.org/abs/2305.13245)."
     def __init__(self,
         d_model:int, # D, width of the model; a multiple of n_heads
         n_heads:int, # H, number of query heads
@@ -140,6 +142,7 @@ class MultiHeadAttention(nn.Module):
         cache:KVCache|None=None, # read and extended
         layer:int=0, # place in the cache
     )->Tensor: # (B,T,D)
+        "Mix what the positions hold. With a cache the T new positions also read the S - T that it held."
         B, T, D = x.shape
         sizes = [h * self.width for h in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
         q, k, v = (p.view(B, T, -1, self.width).transpose(1, 2) for p in self.qkv(x).split(sizes, -1))
