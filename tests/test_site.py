@@ -264,9 +264,10 @@ def test_figures_diagrams_and_controls(chromium, demo_url):
 def test_theme(chromium, demo_url):
     with Tab(chromium) as tab:
         page = tab.open(demo_url + 'demo.html')
-        colors = lambda: page.evaluate('[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector(".lm-plotly .gtitle")).fill, getComputedStyle(document.querySelector(".mermaid .nodeLabel")).color]')
-        light = colors(); page.locator('.theme').click(); page.wait_for_timeout(600); dark = colors()
-        assert all(a != b for a, b in zip(light, dark)), (light, dark)
+        colors = '[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector(".lm-plotly .gtitle")).fill, getComputedStyle(document.querySelector(".mermaid .nodeLabel")).color]'
+        light = page.evaluate(colors); page.locator('.theme').click()
+        page.wait_for_function(f'light => document.querySelector(".mermaid .nodeLabel") && {colors}.every((c, i) => c !== light[i])', arg=light)
+        dark = page.evaluate(colors)
         page.goto(demo_url + 'second.html'); assert page.evaluate('getComputedStyle(document.body).backgroundColor') == dark[0]
     with Tab(chromium, scheme='dark') as tab:                                      # the system's wish, before any click
         page = tab.open(demo_url + 'demo.html'); assert page.evaluate('getComputedStyle(document.body).backgroundColor') == dark[0]
