@@ -20,39 +20,41 @@ from torch import Tensor, nn
 
 from .core import LmnotesTypeError, require
 
-# %% ../nbs/02_lm.ipynb #f77155be
+# %% ../nbs/02_lm.ipynb #41eacfae
 def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def _count(labels, n_vocab):
-    "How many labels are scored; an error where one lies outside the vocabulary. Waits for the device once"
+    "How many labels are scored; an error if one lies outside the vocabulary. Waits for the device once"
     if not labels.numel(): return 0
     ok = labels != -100
     n, low, high = torch.stack([ok.sum(), labels.where(ok, 0).min(), labels.max()]).tolist()
-    require(low >= 0 and high < n_vocab, 'a label in labels', low if low < 0 else high, f'-100 or an id from 0 to {n_vocab - 1}: there are {n_vocab} logits')
+    wrong = low if low < 0 else high
+    require(0 <= wrong < n_vocab or not n, 'a label in labels', wrong, f'-100 or an id from 0 to {n_vocab - 1}')
     return n
 
-# %% ../nbs/02_lm.ipynb #8a4f5e47
+# %% ../nbs/02_lm.ipynb #fca22890
 def log_probs(logits:Tensor, # (B,T,V) unnormalized log-probabilities
               labels:Tensor, # (B,T) the id to score at each position, -100 for none
               ) -> Tensor: # (B,T) natural-log probability of each label, 0 where the label is -100
-    "How probable each label is under the softmax of the logits beside it. Never shifts; computes in float32 or finer."
-    require(logits.shape[:-1] == labels.shape, 'labels.shape', tuple(labels.shape), f'{tuple(logits.shape[:-1])}, an id for each row of logits')
+    "How probable each label is under the softmax of the logits beside it. Never shifts; float32 or finer."
+    require(logits.shape[:-1] == labels.shape, 'labels.shape', tuple(labels.shape), f'{tuple(logits.shape[:-1])}, as the logits')
     _count(labels, logits.shape[-1])
     return 0 - F.cross_entropy(_wide(logits).flatten(0, -2), labels.flatten().long(), reduction='none').view_as(labels)
 
-# %% ../nbs/02_lm.ipynb #3b32a63d
+# %% ../nbs/02_lm.ipynb #bc96b0a9
 def _distribution(name, p, dim):
     "`p` in float32 or finer, after a check that it is one"
     require(isinstance(p, Tensor) and p.is_floating_point(), name, p, 'a tensor of probabilities', LmnotesTypeError)
-    ok = p.numel() and p.min() >= 0 and (_wide(p).sum(dim) - 1).abs().max() < max(1e-4, 8 * torch.finfo(p.dtype).eps)
+    near = max(1e-4, 8 * torch.finfo(p.dtype).eps)
+    ok = p.numel() and p.min() >= 0 and (_wide(p).sum(dim) - 1).abs().max() < near
     require(bool(ok), name, p, 'probabilities: none negative, sum 1. Logits go through softmax first')
     return _wide(p)
 
-# %% ../nbs/02_lm.ipynb #03c4c3b9
+# %% ../nbs/02_lm.ipynb #0a325435
 def entropy(probs:Tensor, # (...,V) probabilities
             dim:int=-1, # the axis that sums to 1
             ) -> Tensor: # (...) nats, from 0 to ln V
-    "Average surprisal of draws from `probs` when it scores them itself: the sum of -p ln p, with 0 ln 0 = 0."
+    "Average surprisal of draws from `probs` when it scores them itself: sum of -p ln p, with 0 ln 0 = 0."
     return torch.special.entr(_distribution('probs', probs, dim)).sum(dim)
 
 # %% ../nbs/02_lm.ipynb #f6c00b8b
@@ -73,11 +75,11 @@ def kl_divergence(target:Tensor, # (...,V) probabilities q of the data
     q, p = _distribution('target', target, dim), _distribution('probs', probs, dim)
     return (torch.special.xlogy(q, q) - torch.special.xlogy(q, p)).sum(dim).clamp(min=0)
 
-# %% ../nbs/02_lm.ipynb #874cafcf
+# %% ../nbs/02_lm.ipynb #ffd17bab
 @contextmanager
 def evaluating(model:nn.Module, # any module
                ):
-    "Dropout and gradients off inside. Afterwards every submodule has its mode back, also after an error."
+    "Dropout and gradients off inside. Then every submodule gets its mode back, also after an error."
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
@@ -85,95 +87,97 @@ def evaluating(model:nn.Module, # any module
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/02_lm.ipynb #c739834b
+# %% ../nbs/02_lm.ipynb #603eae19
 @lru_cache
 def _parameters(cls):
     ps = inspect.signature(cls.forward).parameters.values()
     return {p.name for p in ps}, any(p.kind is p.VAR_KEYWORD for p in ps)
 
-_inputs = {'input_ids', 'attention_mask', 'position_ids', 'token_type_ids', 'decoder_input_ids', 'decoder_attention_mask'}
+_inputs = set('input_ids attention_mask position_ids token_type_ids decoder_input_ids decoder_attention_mask'.split())
+
+def _unwrapped(model):
+    "The model inside DistributedDataParallel and the like"
+    inner = getattr(model, 'module', None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) and not hasattr(model, 'config') else model
 
 def _logits(model, batch):
     "Run `model` on what its forward takes of `batch`, without labels and without a cache"
     names, more = _parameters(type(_unwrapped(model)))
     take = (names | _inputs if more else names) - {'labels'}
-    out = model(**{k: v for k, v in batch.items() if k in take}, **({'use_cache': False} if 'use_cache' in names else {}))
-    require(isinstance(getattr(out, 'logits', None), Tensor), 'model', type(model).__name__, 'one whose output has .logits', LmnotesTypeError)
-    return out.logits
-
-def _unwrapped(model):
-    "The model inside DistributedDataParallel and the like"
-    while not hasattr(model, 'config') and isinstance(getattr(model, 'module', None), nn.Module): model = model.module
-    return model
+    out = model(**{k: v for k, v in {'use_cache': False, **batch}.items() if k in take})
+    logits = getattr(out, 'logits', None)
+    require(isinstance(logits, Tensor), 'model', type(model).__name__, 'one that returns .logits', LmnotesTypeError)
+    return logits
 
 def _device(model): return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
 
-# %% ../nbs/02_lm.ipynb #cab7c2c9
+# %% ../nbs/02_lm.ipynb #bcf6e756
 def is_causal(model:nn.Module, # takes input_ids (B,T), returns an object with .logits (B,T,V)
               ) -> bool: # whether a later token leaves earlier logits alone
-    "Found by experiment: the model reads (0, 0) and (0, 1), and its logits at the first place are compared."
-    with evaluating(model):
-        a, b = (_logits(model, {'input_ids': torch.tensor([[0, i]], device=_device(model))})[0, 0].cpu().double() for i in (0, 1))
+    "Found by experiment: the model reads (0, 0) and (0, 1); its logits at the first place are compared."
+    pairs = torch.tensor([[0, 0], [0, 1]], device=_device(model))
+    with evaluating(model): a, b = (_logits(model, {'input_ids': x[None]})[0, 0].cpu().double() for x in pairs)
     scale = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0
     return torch.allclose(a, b, rtol=0, atol=1e-4 * scale, equal_nan=True)
 
-# %% ../nbs/02_lm.ipynb #776f7afe
+# %% ../nbs/02_lm.ipynb #0297ad12
 _kinds = {'decoder': 'causal', 'encoder': 'masked', 'encoder-decoder': 'seq2seq'}
 _tried = WeakKeyDictionary()
 
 def model_kind(model:nn.Module, # ours or one of transformers
                ) -> str: # causal, masked or seq2seq
-    "Where a model's labels belong: a causal one predicts the token after each place, the others the one at the place itself."
+    "Where labels belong: a causal model predicts the token after each place, the others that at the place."
     require(isinstance(model, nn.Module), 'model', type(model).__name__, 'an nn.Module', LmnotesTypeError)
     model = _unwrapped(model)
     config, name = getattr(model, 'config', None), type(model).__name__
     if (kind := getattr(config, 'kind', None)) in _kinds: return _kinds[kind]
     if getattr(config, 'is_encoder_decoder', False): return 'seq2seq'
-    if name.endswith(('ForCausalLM', 'ForMaskedLM')): return 'causal' if name.endswith('ForCausalLM') else 'masked'
+    if name.endswith('ForCausalLM'): return 'causal'
+    if name.endswith('ForMaskedLM'): return 'masked'
     if model not in _tried: _tried[model] = 'causal' if is_causal(model) else 'masked'
     return _tried[model]
 
-# %% ../nbs/02_lm.ipynb #efd3e703
+# %% ../nbs/02_lm.ipynb #541652d4
 def causal_targets(batch:Mapping, # input_ids (B,T); may hold labels, attention_mask (B,T), position_ids
                    ) -> Tensor: # (B,T) what each place must predict: the label after it, or -100
-    """Labels moved one place to the left. A token with no real token before it is not scored: the first of a row, of a left-padded row (known from
-    `attention_mask`), of a packed document (known from `position_ids`, which are 0 there)."""
+    """Labels moved one place to the left. A token with no real token before it is not scored: the first of a row, also after
+    padding (known from `attention_mask`), and of a packed document (known from `position_ids`, 0 there)."""
     labels, mask, place = (batch.get(k) for k in ('labels', 'attention_mask', 'position_ids'))
-    targets = F.pad((batch['input_ids'] if labels is None else labels)[:, 1:], (0, 1), value=-100)
-    if mask is not None and mask.ndim == 2: targets = targets.masked_fill(~(mask.bool() & F.pad(mask[:, 1:].bool(), (0, 1))), -100)
-    if place is not None and place.ndim == 2: targets = targets.masked_fill(F.pad(place[:, 1:] == 0, (0, 1)), -100)
-    return targets
+    targets = (batch['input_ids'] if labels is None else labels)[:, 1:]
+    if mask is not None and mask.ndim == 2: targets = targets.masked_fill(~(mask[:, :-1].bool() & mask[:, 1:].bool()), -100)
+    if place is not None and place.ndim == 2: targets = targets.masked_fill(place[:, 1:] == 0, -100)
+    return F.pad(targets, (0, 1), value=-100)
 
-# %% ../nbs/02_lm.ipynb #9d794f1a
+# %% ../nbs/02_lm.ipynb #91aa9c4f
 def nll(model:nn.Module, # ours or one of transformers
         batch:Mapping, # input_ids (B,T), labels (B,T) and what else the model takes
         ) -> tuple[Tensor, int]: # sum of -ln p over the scored tokens, in nats, with its graph; their number
-    """Negative log-likelihood of a batch: the sum and the count of eq. 2.5. Labels of a causal model are aligned with `input_ids` and moved here
-    (`causal_targets`), those of other kinds stay. Raises LmnotesError where no token is scored or a label lies outside the vocabulary."""
+    """Negative log-likelihood of a batch: sum and count of eq. 2.5. A causal model's labels are aligned with `input_ids` and moved
+    here (`causal_targets`), others stay. LmnotesError if no token is scored or a label is outside the vocabulary."""
     kind, ids, labels = model_kind(model), batch.get('input_ids'), batch.get('labels')
     require(isinstance(ids, Tensor) and ids.ndim == 2, 'batch', list(batch), 'a dictionary with input_ids, a (B,T) tensor')
-    require(labels is not None or kind == 'causal', 'labels', labels, f'a tensor of ids: for a {kind} model they are not the input_ids')
+    require(labels is not None or kind == 'causal', 'labels', labels, f'ids: a {kind} model does not predict its input_ids')
     if kind == 'seq2seq' and 'decoder_input_ids' not in batch:
         batch = {**batch, 'decoder_input_ids': _unwrapped(model).prepare_decoder_input_ids_from_labels(labels)}
-    targets = causal_targets(batch) if kind == 'causal' else labels
-    logits = _logits(model, batch)
-    require(logits.shape[:-1] == targets.shape, 'labels.shape', tuple(targets.shape), f'{tuple(logits.shape[:-1])}, an id for each row of logits')
+    targets, logits = causal_targets(batch) if kind == 'causal' else labels, _logits(model, batch)
+    require(logits.shape[:-1] == targets.shape, 'labels.shape', tuple(targets.shape), f'{tuple(logits.shape[:-1])}, as the logits')
     n = _count(targets, logits.shape[-1])
-    require(n > 0, f'number of scored labels in rows 0 to {len(targets) - 1}', n, '1 or more: each is -100, or at a place that is not predicted')
-    return F.cross_entropy(_wide(logits).flatten(0, -2), targets.flatten().to(logits.device, torch.long), reduction='sum'), n
+    require(n > 0, f'number of scored labels in rows 0 to {len(ids) - 1}', n, '1 or more, not all -100 or first of their row')
+    targets = targets.flatten().to(logits.device, torch.long)
+    return F.cross_entropy(_wide(logits).flatten(0, -2), targets, reduction='sum'), n
 
-# %% ../nbs/02_lm.ipynb #a1db306f
+# %% ../nbs/02_lm.ipynb #b29d9b2d
 def bits_per_byte(total_nll_nats:float, # sum of -ln p over a whole text, nats
                   n_bytes:int, # length of that text in UTF-8
                   ) -> float: # bits
-    "What a text costs under a model per byte of it (eq. 2.7). Comparable between tokenizers, as perplexity is not."
-    require(isinstance(n_bytes, int), 'n_bytes', n_bytes, 'an integer, as in len(text.encode())', LmnotesTypeError)
+    "What a text costs under a model per byte (eq. 2.7). Comparable between tokenizers, as perplexity is not."
+    require(isinstance(n_bytes, int), 'n_bytes', n_bytes, 'an integer, len(text.encode())', LmnotesTypeError)
     require(n_bytes > 0, 'n_bytes', n_bytes, '1 or more')
     return float(total_nll_nats) / math.log(2) / n_bytes
 
-# %% ../nbs/02_lm.ipynb #a4a84264
+# %% ../nbs/02_lm.ipynb #06aebee7
 class Perplexity(float):
-    "exp(nll / n_tokens), eq. 2.6: a float that remembers the sum, so that results can be added up and turned into bits per byte."
+    "exp(nll / n_tokens), eq. 2.6: a float that remembers the sum, to be added up or turned into bits per byte."
     def __new__(cls,
                 nll:float, # sum of -ln p over the scored tokens, nats
                 n_tokens:int, # how many were scored
@@ -187,14 +191,14 @@ class Perplexity(float):
     def __repr__(self): return f'Perplexity({float(self):.4g}, n_tokens={self.n_tokens}, nll={self.nll:.6g})'
     def bits_per_byte(self, n_bytes:int) -> float: return bits_per_byte(self.nll, n_bytes)
 
-# %% ../nbs/02_lm.ipynb #9448d8d5
+# %% ../nbs/02_lm.ipynb #655b2424
 def strided_windows(n:int, # inputs of a document: its tokens but the last
                     window:int, # most inputs the model reads at once
                     stride:int, # how far one window moves, 1 to window
-                    ) -> list[tuple[int, int, int]]: # (begin, first, end): read inputs begin:end, score the predictions of first:end
-    "Windows that score each prediction once, with at least window - stride + 1 inputs behind it where the document has as many."
+                    ) -> list[tuple[int, int, int]]: # (begin, first, end): read begin:end, score the predictions of first:end
+    "Windows that score each prediction once, from at least window - stride + 1 inputs where there are as many."
     require(isinstance(window, int) and window >= 1, 'window', window, 'an integer of 1 or more')
-    require(isinstance(stride, int) and 1 <= stride <= window, 'stride', stride, f'from 1 to the window, {window}; beyond it tokens would be skipped')
+    require(isinstance(stride, int) and 1 <= stride <= window, 'stride', stride, f'from 1 to the window, {window}')
     out, done = [], 0
     while done < n:
         begin = out[-1][0] + stride if out else 0
@@ -202,45 +206,46 @@ def strided_windows(n:int, # inputs of a document: its tokens but the last
         done = out[-1][2]
     return out
 
-# %% ../nbs/02_lm.ipynb #15cb05af
+# %% ../nbs/02_lm.ipynb #64c2f7ae
 def _document(x, name, bos_id):
     "One document as a checked 1-D tensor on the CPU, behind its start token if it has one"
     x, least = torch.as_tensor(x), 2 if bos_id is None else 1
-    require(x.ndim == 1, f'{name}.shape', tuple(x.shape), '(T,) for one document, or ids a list of them, or batches with input_ids and attention_mask')
-    require(len(x) >= least, f'len({name})', len(x), f'{least} or more' + ', or 1 with a bos_id' * (bos_id is None))
+    require(x.ndim == 1, f'{name}.shape', tuple(x.shape), '(T,), one document; padded rows come as batches with attention_mask')
+    require(len(x) >= least, f'len({name})', len(x), '2 or more, or 1 with a bos_id' if least == 2 else '1 or more')
     require(not (x.is_floating_point() or x.dtype == torch.bool), name, x.dtype, 'integer ids', LmnotesTypeError)
     x = F.pad(x.long().cpu(), (int(bos_id is not None), 0), value=bos_id)
     require(x.min() >= 0, f'an id in {name}', int(x.min()), '0 or more')
-    require(bos_id is None or x[1] != bos_id, 'bos_id', bos_id, f'None, since {name} starts with that token already')
+    require(bos_id is None or x[1] != bos_id, 'bos_id', bos_id, f'None, since {name} starts with it already')
     return x
 
 def _sorted_out(ids):
     "What `ids` is (one document, documents or batches) and an iterable of it"
     if isinstance(ids, Mapping): return 'batches', [ids]
     if isinstance(ids, Tensor) or hasattr(ids, '__array__'): return 'document', [ids]
-    require(isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)), 'ids', ids, 'token ids or batches of them; a tokenizer makes them from text', LmnotesTypeError)
+    usable = isinstance(ids, Iterable) and not isinstance(ids, (str, bytes))
+    require(usable, 'ids', ids, 'token ids, or batches of them; a tokenizer makes them from text', LmnotesTypeError)
     items = iter(ids)
     require((first := next(items, None)) is not None, 'ids', ids, 'one document or more')
-    if isinstance(first, int) or getattr(first, 'shape', None) == (): return 'document', [[first, *items]]
+    if isinstance(first, int) or getattr(first, 'shape', 0) == (): return 'document', [[first, *items]]
     return 'batches' if isinstance(first, Mapping) else 'documents', chain([first], items)
 
-# %% ../nbs/02_lm.ipynb #8c62f5bd
+# %% ../nbs/02_lm.ipynb #351787ea
 def _check_causal(model):
-    why = {'masked': 'a masked model sees the token that it is asked for', 'seq2seq': 'a seq2seq model needs batches with input_ids and labels'}.get(
-        kind := model_kind(model), 'this one sees later tokens (is_decoder=True missing?)')
+    why = dict(masked='a masked model sees the token it is asked for', seq2seq='a seq2seq model needs batches with labels',
+               causal='this one reads ahead (is_decoder=True missing?)')[kind := model_kind(model)]
     require(kind == 'causal' and is_causal(model), 'model', type(model).__name__, f'causal for perplexity: {why}')
 
 def _limits(model, window, stride, longest):
     "Vocabulary size, window and stride: the model's context and half of it, unless said otherwise"
-    model = _unwrapped(model)
-    config, embedding = getattr(model, 'config', None), getattr(model, 'get_input_embeddings', lambda: None)()
+    config = getattr(model := _unwrapped(model), 'config', None)
+    embedding = model.get_input_embeddings() if hasattr(model, 'get_input_embeddings') else None
     n_vocab = getattr(config, 'vocab_size', 2**63) if embedding is None else embedding.weight.shape[0]
-    context = next((c for k in ('max_position_embeddings', 'max_len') if isinstance(c := getattr(config, k, None), int) and c > 0), None)
-    require(window is None or context is None or window <= context, 'window', window, f'at most {context}, the context of the model')
-    window = min(longest, context or longest) if window is None else window
+    context = getattr(config, 'max_len', None) or getattr(config, 'max_position_embeddings', None) or 2**63
+    window = min(longest, context) if window is None else window
+    require(window <= context, 'window', window, f'at most {context}, the context of the model')
     return n_vocab, window, max(1, min(window, longest) // 2) if stride is None else stride
 
-# %% ../nbs/02_lm.ipynb #9df8cfe3
+# %% ../nbs/02_lm.ipynb #44c811ed
 def _positions(mask): return (mask.long().cumsum(-1) - 1).clamp(min=0)   # 0, 1, 2, ... over the real tokens
 
 def _score(model, docs, windows, out):
@@ -249,30 +254,32 @@ def _score(model, docs, windows, out):
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids, labels = torch.zeros(mask.shape, dtype=torch.long), torch.full(mask.shape, -100)
     for r, (d, begin, first, end) in enumerate(windows):
-        ids[r, :end - begin], labels[r, first - begin:end - begin] = docs[d][begin:end], docs[d][first + 1:end + 1]
+        ids[r, :end - begin] = docs[d][begin:end]
+        labels[r, first - begin:end - begin] = docs[d][first + 1:end + 1]
     batch = dict(input_ids=ids, position_ids=_positions(mask)) | ({} if mask.all() else dict(attention_mask=mask))
-    logp = log_probs(_logits(model, {k: v.to(_device(model)) for k, v in batch.items()}), labels.to(_device(model))).cpu()
+    logits = _logits(model, {k: v.to(_device(model)) for k, v in batch.items()})
+    logp = log_probs(logits, labels.to(logits.device)).cpu()
     for r, (d, begin, first, end) in enumerate(windows): out[d][first + 1:end + 1] = logp[r, first - begin:end - begin]
 
-# %% ../nbs/02_lm.ipynb #01c05781
+# %% ../nbs/02_lm.ipynb #96eb7aeb
 def token_logps(model:nn.Module, # causal; ours or one of transformers
                 ids, # (T,) ids of one document, or a list of documents
                 *,
                 stride:int=None, # how far the window moves, 1 to window; None: half of it
                 window:int=None, # most tokens read at once; None: the context of the model
-                bos_id:int=None, # id put before each document, so that its first token is scored; None: that is context only
+                bos_id:int=None, # id to put before each document, so that its first token is scored
                 batch_size:int=None, # windows run together, without effect on the result; None: what fits
-                ) -> Tensor|list[Tensor]: # (T,) float64 natural-log probability of each token given those before it, nan where not scored
-    "Minus this is the surprisal of each token, in nats. A list of documents gives a list."
+                ) -> Tensor|list[Tensor]: # (T,) float64 natural-log probabilities, nan for a first token that is not scored
+    "Log-probability of each token given those before it; minus this is its surprisal. A list gives a list."
     kind, docs = _sorted_out(ids)
     require(kind != 'batches', 'ids', kind, 'one document or a list of them')
-    require(batch_size is None or isinstance(batch_size, int) and batch_size >= 1, 'batch_size', batch_size, 'an integer of 1 or more')
+    require(batch_size is None or isinstance(batch_size, int) and batch_size > 0, 'batch_size', batch_size, '1 or more')
     docs = [_document(d, 'ids' if kind == 'document' else f'ids[{i}]', bos_id) for i, d in enumerate(docs)]
     n_vocab, window, stride = _limits(model, window, stride, max(map(len, docs)) - 1)
-    require((high := max(int(d.max()) for d in docs)) < n_vocab, 'an id in ids', high, f'from 0 to {n_vocab - 1}, the vocabulary of the model')
+    require((high := max(int(d.max()) for d in docs)) < n_vocab, 'an id in ids', high, f'below {n_vocab}, the vocabulary size')
     _check_causal(model)
     todo = [(d, *w) for d, doc in enumerate(docs) for w in strided_windows(len(doc) - 1, window, stride)]
-    todo.sort(key=lambda w: w[1] - w[3])                                     # longest first: little padding
+    todo.sort(key=lambda w: w[1] - w[3])    # longest first, for little padding
     out = [torch.full((len(d),), math.nan, dtype=torch.float64) for d in docs]
     size = batch_size or max(1, min(64, 2**25 // (window * min(n_vocab, 2**16))))
     with evaluating(model):
@@ -280,23 +287,23 @@ def token_logps(model:nn.Module, # causal; ours or one of transformers
     out = [o[int(bos_id is not None):] for o in out]
     return out[0] if kind == 'document' else out
 
-# %% ../nbs/02_lm.ipynb #547a64f1
+# %% ../nbs/02_lm.ipynb #8f38e6f2
 def perplexity(model:nn.Module, # causal; with batches also sequence-to-sequence
-               ids, # (T,) ids of one document, a list of documents, or batches (a DataLoader) with attention_mask or labels
+               ids, # (T,) ids of one document, a list of documents, or batches with attention_mask or labels
                *,
                stride:int=None, # how far the window moves, 1 to window; None: half of it
                window:int=None, # most tokens read at once; None: the context of the model
-               bos_id:int=None, # id put before each document, so that its first token is scored; None: that is context only
+               bos_id:int=None, # id to put before each document, so that its first token is scored
                batch_size:int=None, # windows run together, without effect on the result; None: what fits
                ) -> Perplexity: # a float with .nll (nats), .n_tokens and .bits_per_byte(n_bytes)
-    """exp of the average surprisal of a text, each token scored once, given the tokens before it in its document. Batches are scored as they
-    are, by `nll`. Dropout is off, the random state untouched, the model's mode restored. Masked models are refused."""
+    """exp of the average surprisal of a text, each token scored once, from the tokens before it in its document. Batches are scored
+    as they are, by `nll`. Dropout is off, the random state untouched, the model's mode restored. Masked models are refused."""
     kind, items = _sorted_out(ids)
     options = dict(stride=stride, window=window, bos_id=bos_id, batch_size=batch_size)
     if kind != 'batches':
         scored = torch.cat([logp[int(bos_id is None):] for logp in token_logps(model, list(items), **options)])
         return Perplexity(0 - scored.sum().item(), len(scored))
-    for name, value in options.items(): require(value is None, name, value, 'None for batches, which are scored as they are')
+    for name, value in options.items(): require(value is None, name, value, 'None for batches, scored as they are')
     if (causal := model_kind(model) != 'seq2seq'): _check_causal(model)
     total, n = 0., 0
     with evaluating(model):
