@@ -19,7 +19,7 @@ from .core import fresh_dir, require
 from .attention import KVCache, MultiHeadAttention, causal_mask
 from .positions import apply_rope, rope_angles
 
-# %% ../nbs/04_models.ipynb #85918f6d
+# %% ../nbs/04_models.ipynb #6cdcfc7e
 @dataclass
 class TransformerConfig:
     "Everything that decides the shape of a `Transformer`."
@@ -32,18 +32,20 @@ class TransformerConfig:
     max_len:int = 512            # longest sequence, in tokens
     rope_theta:float = 10_000.   # base of the rotary wavelengths
     norm_eps:float = 1e-6        # keeps the root mean square off zero
-    dropout:float = 0.           # on the embedding and on what each sublayer adds, while training
+    dropout:float = 0.           # share set to zero, while training, of the embedding and of what each sublayer adds
     tie:bool = True              # one matrix for embedding and output
     init_std:float = .02         # standard deviation of the embedding's start
     bos_id:int|None = None       # id that opens a text
     eos_id:int|None = None       # id that ends a text
     pad_id:int|None = None       # id that fills a batch
-    kind:str = 'decoder'         # causal
+    kind:str = 'decoder'         # each position reads itself and what stands before it
 
     def __post_init__(self):
         for name in ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'd_ff', 'max_len'):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, name, value, 'a whole number of at least 1')
+        require(self.d_model % self.n_heads == 0, 'n_heads', self.n_heads, f'a divisor of d_model = {self.d_model}')
+        require(self.d_model // self.n_heads % 2 == 0, 'd_model', self.d_model, f'a multiple of 2 * n_heads = {2 * self.n_heads}, since rotary positions turn pairs')
         require(self.kind == 'decoder', 'kind', self.kind, "'decoder'")
         require(0 <= self.dropout < 1, 'dropout', self.dropout, 'at least 0 and below 1')
 
@@ -77,7 +79,7 @@ class FeedForward(nn.Module):
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
-# %% ../nbs/04_models.ipynb #27bb665c
+# %% ../nbs/04_models.ipynb #f67f42b7
 class Block(nn.Module):
     "One layer: attention and feed-forward, each on a normalized copy of the stream, equation (4.1)."
     def __init__(self, config:TransformerConfig # shape of the model
@@ -95,6 +97,7 @@ class Block(nn.Module):
         cache:KVCache|None=None, # read and extended
         layer:int=0, # place in the cache
     )->Tensor: # (B,T,D)
+        "The stream with both corrections added."
         x = x + self.dropout(self.attention(self.norm1(x), mask, rotate, cache, layer))
         return x + self.dropout(self.ff(self.norm2(x)))
 
@@ -125,7 +128,7 @@ def decoder_mask(
         m = m[:, None, None]
     return m & causal_mask(T, S, device)
 
-# %% ../nbs/04_models.ipynb #4dcfce68
+# %% ../nbs/04_models.ipynb #f59a311e
 class Transformer(nn.Module):
     "A decoder-only Transformer: a causal language model."
     def __init__(self, config:TransformerConfig # its shape
@@ -148,6 +151,7 @@ class Transformer(nn.Module):
         past_key_values:KVCache|None=None, # positions read before
         use_cache:bool=False, # return a cache
     )->LMOutput: # logits, and loss and cache where asked for
+        "Logits of the next token at every position. Refuses more than max_len positions and masks of the wrong shape or type."
         require(input_ids.ndim == 2 and input_ids.numel() > 0, 'input_ids', tuple(input_ids.shape), 'of shape (B,T) with at least one token')
         cache = KVCache() if use_cache and past_key_values is None else past_key_values
         B, T = input_ids.shape
@@ -164,8 +168,12 @@ class Transformer(nn.Module):
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
         return LMOutput(logits, loss, cache if use_cache else None)
 
-    def get_input_embeddings(self)->nn.Embedding: return self.embed
-    def get_output_embeddings(self)->nn.Linear: return self.head
+    def get_input_embeddings(self)->nn.Embedding:
+        "The table of token vectors, under `transformers`' name."
+        return self.embed
+    def get_output_embeddings(self)->nn.Linear:
+        "The output matrix, under `transformers`' name; the same weights where tied."
+        return self.head
 
 # %% ../nbs/04_models.ipynb #185f3de4
 def init_weights(
