@@ -2,8 +2,8 @@
 # it makes .venv once, or reuses it.
 #
 #   make tour PYTHON=python3.12            another Python
-#   make tour TORCH_INDEX=ADDRESS          another index for torch alone: on a Linux machine without an NVIDIA GPU
-#                                          https://download.pytorch.org/whl/cpu saves some gigabytes of CUDA libraries
+#   make tour TORCH_INDEX=ADDRESS          another index for torch alone: on a Linux machine without an NVIDIA GPU the address of
+#                                          the CPU builds, from the install page of PyTorch, saves gigabytes of CUDA libraries
 #   make notebooks NB=nbs/02_lm.ipynb      some notebooks; likewise make bench ROWS="ngram data"
 
 export TORCH_INDEX
