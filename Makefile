@@ -37,13 +37,14 @@ test: $(READY) .venv/kenlm
 	@$(BIN)/python -m pytest --durations=15
 
 lab: $(READY)
-	@$(BIN)/jupyter lab nbs
+	@$(BIN)/jupyter lab $$([ "$$(id -u)" != 0 ] || echo --allow-root) nbs
 
 docs: $(READY)
 	@$(BIN)/python docs/build.py
 
 serve: docs
-	@echo 'http://localhost:$(PORT)/' && $(BIN)/python -m http.server -d docs/_site $(PORT)
+	@echo 'The site: http://localhost:$(PORT)/ (Ctrl-C ends it)'
+	@$(BIN)/python -m http.server --bind 127.0.0.1 -d docs/_site $(PORT)
 
 notebooks: $(READY) .venv/kenlm
 	@$(BIN)/python docs/notebooks.py export

@@ -170,7 +170,8 @@ def picture(figure):
     import io, warnings, environment, kaleido, plotly.io as pio
     from PIL import Image
     if not getattr(picture, 'server', False):
-        if path := environment.chromium(): os.environ.setdefault('BROWSER_PATH', path)
+        if not (browser := environment.chromium()): raise NotebookFailed('no Chromium to draw the pictures of figures; `make browser` installs one')
+        os.environ['BROWSER_PATH'] = browser
         kaleido.start_sync_server(n=1, silence_warnings=True)
         picture.server = True
     layout = {'paper_bgcolor': 'white', **figure['layout']}
