@@ -12,21 +12,24 @@ from itertools import islice
 import numpy as np
 from .core import LmnotesError, LmnotesTypeError, known_name, require
 
-# %% ../nbs/01b_batches.ipynb #1aa90734
-def _is_int(x, least, below=2**63): return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and least <= x < below
+# %% ../nbs/01b_batches.ipynb #5de26cd9
+def _is_int(x, least, below=2**63): return isinstance(x, (int, np.integer)) and not isinstance(x,
+        bool) and least <= x < below
 
 def _blame(rows, name):
     "Raise for the first row that is no list of token ids"
     for i, r in enumerate(rows):
         a = np.asarray(r, dtype=object)
-        require(a.ndim == 1 and all(_is_int(v, -2**63) for v in a), f'{name}[{i}]', r, 'token ids: integers in one dimension', LmnotesTypeError)
+        require(a.ndim == 1 and all(_is_int(v, -2**63) for v in a), f'{name}[{i}]', r,
+                'token ids: integers in one dimension', LmnotesTypeError)
 
 def _check_ids(flat, n, name, least, below):
     "Raise for the first id out of range, naming its row"
     if flat.min() >= least and flat.max() < below: return
     at = int(np.argmax((flat < least) | (flat >= below)))
     i = np.searchsorted(n.cumsum(), at, side='right')
-    require(False, f'{name}[{i}]', int(flat[at]), f'an id of {least} or more' + (f' and below vocab_size, {below}' if below < 2**63 else ''))
+    require(False, f'{name}[{i}]', int(flat[at]),
+            f'an id of {least} or more' + (f' and below vocab_size, {below}' if below < 2**63 else ''))
 
 def _flatten(rows, name, vocab_size=None, least=0):
     "All rows as one int64 array (sum of n,), and n (B,); the first bad row is named"
@@ -34,8 +37,9 @@ def _flatten(rows, name, vocab_size=None, least=0):
     try:
         n = np.fromiter(map(len, rows), np.int64, len(rows))
         if not n.all(): require(False, f'{name}[{n.argmin()}]', rows[n.argmin()], 'not empty')
-        if all([isinstance(r, list) for r in rows]):                    # the fastest way from lists to 64-bit integers
-            flat = np.array(np.frombuffer(b''.join([struct.pack(f'{len(r)}q', *r) for r in rows]), np.int64))
+        if all([isinstance(r, list) for r in rows]):            # the fastest way from lists to 64-bit integers
+            flat = np.array(np.frombuffer(b''.join([struct.pack(f'{len(r)}q', *r) for r in rows]),
+                                          np.int64))
         else: flat = np.concatenate([np.asarray(r) for r in rows])
         if flat.ndim != 1 or flat.dtype.kind not in 'iu': raise TypeError('no ids')
     except LmnotesError: raise
@@ -43,7 +47,7 @@ def _flatten(rows, name, vocab_size=None, least=0):
     _check_ids(flat, n, name, least, vocab_size or 2**63)
     return flat.astype(np.int64, copy=False), n
 
-# %% ../nbs/01b_batches.ipynb #cce83c0a
+# %% ../nbs/01b_batches.ipynb #78e3e70c
 def _rows(flat, doc, block_size):
     "Cut (N,) ids and the document number of each into rows; the last may be shorter"
     at, new = np.arange(len(flat)), np.ones(len(flat), bool)
@@ -51,7 +55,8 @@ def _rows(flat, doc, block_size):
     new[::block_size] = True                                          # or a row
     start = np.maximum.accumulate(at*new)                             # where the piece each id is in began
     first = np.repeat(doc[::block_size], block_size)[:len(doc)]       # the document each row begins with
-    columns = dict(input_ids=flat, position_ids=at - start, segment_ids=doc - first + 1, labels=np.where(new, -100, flat))
+    columns = dict(input_ids=flat, position_ids=at - start, segment_ids=doc - first + 1,
+                   labels=np.where(new, -100, flat))
     return [{k: v[a:a+block_size] for k, v in columns.items()} for a in range(0, len(flat), block_size)]
 
 def _documents(token_lists, eos_id, vocab_size, first=0):
@@ -63,68 +68,80 @@ def _documents(token_lists, eos_id, vocab_size, first=0):
         flat, n = np.insert(flat, ends[open_], eos_id), n + open_
     return flat, np.repeat(np.arange(first, first+len(n)), n)
 
-# %% ../nbs/01b_batches.ipynb #0b056a80
+# %% ../nbs/01b_batches.ipynb #9690dde6
 def pack(token_lists:Iterable, # token ids of each document: lists or arrays
          *, block_size:int, # T, ids in a row
          eos_id:int|None, # id that closes each document not yet closed by it; None closes none
          vocab_size:int|None=None, # V, to refuse ids outside of the vocabulary
-         )->list[dict]: # rows of arrays (T,): input_ids, position_ids, segment_ids, labels; the last row may be shorter
-    """Lay documents end to end in rows of `block_size`: every id once, in order. Positions start anew with each document, `segment_ids`
-    number the documents of a row from 1, and the first id of a document is not scored (-100), since nothing before it belongs to it"""
+         )->list[dict]: # rows of arrays (T,): input_ids, position_ids, segment_ids, labels; the last may be shorter
+    """Lay documents end to end in rows of `block_size`: every id once, in order.
+    Positions start anew with each document, `segment_ids` number the documents of a row from 1, and
+    the first id of a document is not scored (-100), since nothing before it belongs to it"""
     _check_pack(block_size, eos_id, vocab_size)
     return _rows(*_documents(list(token_lists), eos_id, vocab_size), block_size)
 
 def _check_pack(block_size, eos_id, vocab_size):
     require(_is_int(block_size, 1), 'block_size', block_size, 'an integer of 1 or more')
-    require(vocab_size is None or _is_int(vocab_size, 1), 'vocab_size', vocab_size, 'None or an integer of 1 or more')
-    require(eos_id is None or _is_int(eos_id, 0, vocab_size or 2**63), 'eos_id', eos_id, 'None or an id of the vocabulary')
+    require(vocab_size is None or _is_int(vocab_size, 1), 'vocab_size', vocab_size,
+            'None or an integer of 1 or more')
+    require(eos_id is None or _is_int(eos_id, 0, vocab_size or 2**63), 'eos_id', eos_id,
+            'None or an id of the vocabulary')
 
-# %% ../nbs/01b_batches.ipynb #5726ac47
+# %% ../nbs/01b_batches.ipynb #4dc9d66e
 _fill = dict(labels=-100, position_ids=0, segment_ids=0, token_type_ids=0)
 
-def collate(rows:list, # B rows: token ids, or dicts of input_ids and, optionally, labels, position_ids, segment_ids, token_type_ids
+def collate(rows:list, # B rows: token ids, or dicts of input_ids and perhaps labels, position_ids, segment_ids
             *, pad_id:int|None, # what fills up; nothing is decided by it, so the eos id is fine
             side:str='right', # where to fill up: right, or left, as generation needs
             multiple_of:int=1, # T is rounded up to a multiple of this
             vocab_size:int|None=None, # V, to refuse ids outside of the vocabulary
-            )->dict: # tensors (B,T): input_ids, attention_mask (bool, True is real), position_ids, labels, and the rows' other columns
-    "Pad rows of unequal length to one batch. Mask, positions and labels (-100 on padding) come from lengths, never from comparing ids with `pad_id`"
+            )->dict: # tensors (B,T): input_ids, attention_mask (bool, True is real), position_ids, labels and so on
+    """Pad rows of unequal length to one batch. Mask, positions and labels (-100 on padding) come from the
+    lengths, never from comparing ids with `pad_id`"""
     import torch
     known_name(side, ('right', 'left'), 'side')
     require(_is_int(multiple_of, 1), 'multiple_of', multiple_of, 'an integer of 1 or more')
     rows, keys = _check_rows(rows)
     flat, n = _flatten([r['input_ids'] for r in rows], 'input_ids', vocab_size)
     T = -(-int(n.max())//multiple_of)*multiple_of
-    positions = np.arange(T) - (0 if side == 'right' else T - n[:, None])           # (B,T) below 0 or from n on: padding
+    positions = np.arange(T) - (0 if side == 'right' else T - n[:, None])       # below 0 or from n on: padding
     real = (positions >= 0) & (positions < n[:, None])
-    require(real.all() or _is_int(pad_id, 0, vocab_size or 2**63), 'pad_id', pad_id, 'a token id, since the rows are filled up to one length; the eos id will do')
+    require(real.all() or _is_int(pad_id, 0, vocab_size or 2**63), 'pad_id', pad_id,
+            'a token id, since the rows are filled up to one length; the eos id will do')
 
     def lay(flat, fill):
         out = np.full(real.shape, fill)
         out[real] = flat
         return torch.from_numpy(out)
 
-    batch = dict(input_ids=lay(flat, 0 if pad_id is None else pad_id), attention_mask=torch.from_numpy(real), position_ids=torch.from_numpy(positions*real))
-    return batch | {k: lay(v, _fill[k]) for k, v in (dict(labels=flat) | {k: _column(rows, k, n) for k in keys}).items()}
+    batch = dict(input_ids=lay(flat, 0 if pad_id is None else pad_id),
+                 attention_mask=torch.from_numpy(real), position_ids=torch.from_numpy(positions*real))
+    return batch | {k: lay(v, _fill[k]) for k,
+                    v in (dict(labels=flat) | {k: _column(rows, k, n) for k in keys}).items()}
 
-# %% ../nbs/01b_batches.ipynb #58a67fc4
+# %% ../nbs/01b_batches.ipynb #2fd5c4bb
 def _check_rows(rows):
     "The rows as dicts, and their columns besides input_ids"
     rows = [r if isinstance(r, (dict, Mapping)) else {'input_ids': r} for r in rows]
     require(rows and 'input_ids' in rows[0], 'rows', rows, 'at least one row with input_ids')
     for i, r in enumerate(rows):
-        if r.keys() != rows[0].keys(): require(False, f'rows[{i}]', list(r), f'with the columns of rows[0]: {list(rows[0])}')
+        if r.keys() != rows[0].keys(): require(False, f'rows[{i}]', list(r),
+                                               f'with the columns of rows[0]: {list(rows[0])}')
     if 'attention_mask' in rows[0]:
-        for i, r in enumerate(rows): require(np.all(r['attention_mask']), f'rows[{i}]', 'an attention_mask with zeros', 'without padding: collate adds it')
-    return rows, [known_name(k, _fill, 'column of rows') for k in rows[0] if k not in ('input_ids', 'attention_mask')]
+        for i, r in enumerate(rows): require(np.all(r['attention_mask']), f'rows[{i}]',
+                                             'an attention_mask with zeros',
+                                             'without padding: collate adds it')
+    return rows, [known_name(k, _fill, 'column of rows') for k in rows[0]
+                  if k not in ('input_ids', 'attention_mask')]
 
 def _column(rows, key, n):
     "(sum of n,) one column of all rows, which must be as long as input_ids"
     flat, m = _flatten([r[key] for r in rows], key, least=-100 if key == 'labels' else 0)
-    if (i := int((m != n).argmax())) or m[0] != n[0]: require(False, f'rows[{i}][{key!r}]', f'{m[i]} values', f'as long as its input_ids, {n[i]}')
+    if (i := int((m != n).argmax())) or m[0] != n[0]: require(False, f'rows[{i}][{key!r}]',
+            f'{m[i]} values', f'as long as its input_ids, {n[i]}')
     return flat
 
-# %% ../nbs/01b_batches.ipynb #a7c93af1
+# %% ../nbs/01b_batches.ipynb #1b403159
 def pack_stream(token_lists:Iterable, # token ids of one document after the other, as many as you like
                 *, block_size:int, # T, ids in a row
                 eos_id:int|None, # as for pack
@@ -143,6 +160,6 @@ def _stream(source, block_size, eos_id, vocab_size, buffer):
         flat, doc, n = np.concatenate([flat, ids]), np.concatenate([doc, numbers]), n + len(some)
         whole = len(flat) - len(flat) % block_size
         yield from _rows(flat[:whole], doc[:whole], block_size)
-        flat, doc = flat[whole:], doc[whole:]                         # what is left waits for the next documents
+        flat, doc = flat[whole:], doc[whole:]                     # what is left waits for the next documents
     require(n > 0, 'token_lists', [], 'at least one document')
     yield from _rows(flat, doc, block_size)

@@ -20,52 +20,60 @@ from .core import LmnotesError, LmnotesTypeError, assets, brief, known_name, req
 # %% ../nbs/01_data.ipynb #1c4429e5
 _all_ = ['collate', 'pack', 'pack_stream'] # made in chapter 01b and offered here too
 
-# %% ../nbs/01_data.ipynb #33aa2849
+# %% ../nbs/01_data.ipynb #b8849bfd
 _surrogate = re.compile('[\ud800-\udfff]')
 
 def check_text(s, # what should be a text
                where:str, # how a message names it, such as texts[3]
                )->str: # the same text
-    "Return `s`, or raise: it must be a `str` with something visible in it and no lone surrogate (half of a character)"
-    require(isinstance(s, str), where, s, 'a str (decode bytes first, drop missing values)', LmnotesTypeError)
+    "Return `s` if it is a `str` with something visible in it and no lone surrogate (half of a character)"
+    require(isinstance(s, str), where, s, 'a str (decode bytes first, drop missing values)',
+            LmnotesTypeError)
     require(s.strip() != '', where, s, 'a text with at least one visible character')
-    require(s.isascii() or not _surrogate.search(s), where, s, 'text without lone surrogates (U+D800 to U+DFFF)')
+    require(s.isascii() or not _surrogate.search(s), where, s,
+            'text without lone surrogates (U+D800 to U+DFFF)')
     return s
 
 def check_texts(texts:Iterable[str], # the texts; a generator is read as it goes
                 name:str='texts', # how messages name them
                 )->Iterator[str]: # the same texts
     "Yield the texts one by one; raise at the first that is none, naming its row, or when there is none at all"
-    require(isinstance(texts, Iterable) and not isinstance(texts, (str, bytes)), name, texts, 'several texts, such as a list of str', LmnotesTypeError)
+    require(isinstance(texts, Iterable) and not isinstance(texts, (str, bytes)), name, texts,
+            'several texts, such as a list of str', LmnotesTypeError)
     i = -1
     for i, s in enumerate(texts): yield check_text(s, f'{name}[{i}]')
     require(i >= 0, name, texts, 'at least one text')
 
-# %% ../nbs/01_data.ipynb #f540e3de
+# %% ../nbs/01_data.ipynb #2e83eab2
 def corpora()->dict[str, str]: # name: what it is
     "The bundled corpora, each with the first line of its data card"
     cards = sorted(assets('data').glob('*/README.md'))
-    return {c.parent.name: c.read_text(encoding='utf-8').split('\n', 1)[0].split(': ', 1)[-1] for c in cards}
+    return {c.parent.name: c.read_text(encoding='utf-8').split('\n', 1)[0].split(': ', 1)[-1]
+            for c in cards}
 
-# %% ../nbs/01_data.ipynb #639cfa6d
+# %% ../nbs/01_data.ipynb #81b12ff2
 _kinds = {'.txt': 'text', '.csv': 'csv', '.jsonl': 'json', '.parquet': 'parquet'}
 _split_name = re.compile(r'(train|valid|val|dev|test)(?:ation)?(?:$|[-_.\d])', re.I)
 
 def _files(name):
-    "Root and files of a corpus by split: `{'train': [...], ...}`, or all under None where their names speak of no split"
-    require(isinstance(name, (str, Path)) and name != '', 'name', name, 'the name of a corpus, or the path of a file or folder', LmnotesTypeError)
+    "Root and files of a corpus by split, or all files under None where their names speak of no split"
+    require(isinstance(name, (str, Path)) and name != '', 'name', name,
+            'the name of a corpus, or the path of a file or folder', LmnotesTypeError)
     known = corpora()
     root = assets('data', name) if isinstance(name, str) and name in known else Path(name).expanduser()
     if not root.exists(): known_name(str(name), known, 'corpus or path')
-    files = [root] if root.is_file() else [f for f in sorted(root.rglob('*')) if f.suffix.lower() in _kinds and not any(p[0] == '.' for p in f.relative_to(root).parts)]
-    require(files and all(f.suffix.lower() in _kinds for f in files), 'name', str(name), f'a file, or a folder with files, of {", ".join(_kinds)}')
+    hidden = lambda f: any(p[0] == '.' for p in f.relative_to(root).parts)
+    files = [root] if root.is_file() else [f for f in sorted(root.rglob('*')) if f.suffix.lower() in _kinds and not hidden(f)]
+    require(files and all(f.suffix.lower() in _kinds for f in files), 'name', str(name),
+            f'a file, or a folder with files, of {", ".join(_kinds)}')
     splits = {}
     for f in files:
         m = _split_name.match(f.stem)
-        splits.setdefault(m and {'train': 'train', 'test': 'test'}.get(m[1].lower(), 'validation'), []).append(f)
+        split = m and {'train': 'train', 'test': 'test'}.get(m[1].lower(), 'validation')
+        splits.setdefault(split, []).append(f)
     return root, splits if None not in splits else {None: files}
 
-# %% ../nbs/01_data.ipynb #a91f4b75
+# %% ../nbs/01_data.ipynb #58ea742e
 def _read(path, by):
     "One file as a pyarrow table; whatever is damaged or not UTF-8 raises an error that names the file"
     import pyarrow as pa, pyarrow.csv as pc, pyarrow.parquet as pq
@@ -76,14 +84,16 @@ def _read(path, by):
             return table
         text = path.read_bytes().decode('utf-8-sig')
         if path.suffix.lower() == '.txt':
-            pieces = re.split({'line': r'\n', 'paragraph': r'\n[^\S\n]*\n', 'document': r'\Z'}[by], re.sub('\r\n?', '\n', text))
+            pieces = re.split({'line': r'\n', 'paragraph': r'\n[^\S\n]*\n', 'document': r'\Z'}[by],
+                              re.sub('\r\n?', '\n', text))
             return pa.table({'text': pa.array([s.strip('\n') for s in pieces if s.strip()], pa.string())})
         if path.suffix.lower() == '.jsonl': return _read_jsonl(path, text)
-        data, columns = text.encode(), next(csv.reader(text.split('\n')), [])                  # every value stays a string: "NA" is a text
-        return pc.read_csv(pa.BufferReader(data), pc.ReadOptions(block_size=len(data) + 1), pc.ParseOptions(newlines_in_values=True),
+        data, columns = text.encode(), next(csv.reader(text.split('\n')), [])      # all strings: "NA" is a text
+        return pc.read_csv(pa.BufferReader(data), pc.ReadOptions(block_size=len(data) + 1),
+                           pc.ParseOptions(newlines_in_values=True),
                            pc.ConvertOptions(column_types=dict.fromkeys(columns, pa.string())))
-    except UnicodeDecodeError as e: raise LmnotesError(f'{path} is not UTF-8: byte {e.object[e.start]:#04x} at {e.start:,}') from e
-    except (pa.ArrowException, OSError) as e: raise LmnotesError(f'{path} is damaged or no {path.suffix[1:]} file: {e}') from e
+    except UnicodeDecodeError as e: raise LmnotesError(f'{path} is not UTF-8 at byte {e.start:,}') from e
+    except (pa.ArrowException, OSError) as e: raise LmnotesError(f'{path} is damaged: {e}') from e
 
 def _read_jsonl(path, text):
     import pyarrow as pa
@@ -93,29 +103,32 @@ def _read_jsonl(path, text):
         try: rows.append(json.loads(line))
         except ValueError as e: raise LmnotesError(f'{path} line {i} is no JSON: {e}') from e
         require(isinstance(rows[-1], dict), f'{path} line {i}', rows[-1], 'a JSON object {...}')
-        require('\\ud' not in line.lower() or not _surrogate.search(json.dumps(rows[-1], ensure_ascii=False)), f'{path} line {i}', line, 'text without lone surrogates')
+        half = '\\ud' in line.lower() and _surrogate.search(json.dumps(rows[-1], ensure_ascii=False))
+        require(not half, f'{path} line {i}', line, 'text without lone surrogates')
     return pa.table({k: [r.get(k) for r in rows] for k in dict.fromkeys(chain.from_iterable(rows))})
 
-# %% ../nbs/01_data.ipynb #10a3d731
+# %% ../nbs/01_data.ipynb #a2f21be0
 def _split(table, keys, held_out):
-    "Three tables: keys ranked by their SHA-256; the first share is test, the next validation; rows of one key stay together"
+    "A table for each split: keys ranked by their SHA-256, the first are test, the next validation"
     order = sorted(set(keys), key=lambda k: hashlib.sha256(str(k).encode()).digest())
     n = max(1, round(held_out*len(order))) if held_out else 0
-    require(len(order) > 2*n, 'held_out', held_out, f'0, or small enough to leave something to train on: here are {len(order)} different texts or groups')
+    require(len(order) > 2*n, 'held_out', held_out,
+            f'0, or small enough to leave something to train on: here are {len(order)} texts or groups')
     where = dict.fromkeys(order[:n], 'test') | dict.fromkeys(order[n:2*n], 'validation')
-    rows = {s: [i for i, k in enumerate(keys) if where.get(k, 'train') == s] for s in ('train', 'validation', 'test')}
+    rows = {s: [i for i, k in enumerate(keys) if where.get(k, 'train') == s]
+            for s in ('train', 'validation', 'test')}
     return {s: table.take(r) for s, r in rows.items() if r}
 
-# %% ../nbs/01_data.ipynb #da6f7cf8
+# %% ../nbs/01_data.ipynb #f80713be
 def load_corpus(name:str|Path, # a name in corpora(), or a path: one file or a folder of txt, csv, jsonl or parquet
                 split:str|None=None, # train, validation or test; None means all
                 *,
                 column:str='text', # the column that holds the text (checked in files of your own)
                 by:str='paragraph', # what a row of a txt file is: line, paragraph or document
-                group:str|None=None, # column whose equal values stay in one split; None: the file, where there are three or more, else the text
-                held_out:float=.05, # share of groups for validation, and as much for test, where file names speak of no split; [0, .5)
+                group:str|None=None, # column whose equal values stay in one split; None: file (of 3 or more), else text
+                held_out:float=.05, # share for validation, and for test, where file names speak of no split; [0, .5)
                 ): # datasets.DatasetDict, or datasets.Dataset with split
-    "Load a corpus into memory. Files named train…, valid… and test… are the splits; otherwise they are made, the same ones every time"
+    "Load a corpus. Files named train, valid and test are its splits; otherwise they are made, always the same ones"
     import pyarrow as pa
     from datasets import Dataset, DatasetDict
     known_name(by, ('line', 'paragraph', 'document'), 'by')
@@ -124,7 +137,8 @@ def load_corpus(name:str|Path, # a name in corpora(), or a path: one file or a f
     tables = {}
     for s, paths in files.items():
         parts = [_read(p, by) for p in paths]
-        if len(paths) > 1: parts = [t.append_column('file', pa.array([p.relative_to(root).as_posix()]*len(t), pa.string())) for p, t in zip(paths, parts)]
+        names = [p.relative_to(root).as_posix() for p in paths] if len(paths) > 1 else []
+        for i, f in enumerate(names): parts[i] = parts[i].append_column('file', pa.array([f]*len(parts[i]), pa.string()))
         tables[s] = pa.concat_tables(parts, promote_options='default')
     if str(name) not in corpora():
         for s, t in tables.items(): _check_column(t, column, s or Path(name).name)
@@ -137,48 +151,55 @@ def load_corpus(name:str|Path, # a name in corpora(), or a path: one file or a f
     return DatasetDict({s: Dataset(tables[s]) for s in ('train', 'validation', 'test') if s in tables})
 
 def _check_column(table, column, where):
-    require(column in table.column_names, 'column', column, f'a column of {where}: {", ".join(table.column_names) or "(none)"}')
+    require(column in table.column_names, 'column', column,
+            f'a column of {where}: {", ".join(table.column_names) or "(none)"}')
     for _ in check_texts(table[column].to_pylist(), f'{where}: {column}'): pass
 
-# %% ../nbs/01_data.ipynb #78a29c58
+# %% ../nbs/01_data.ipynb #a2ce5508
 def stream_corpus(name:str|Path, # as for load_corpus
                   split:str='train', # a split, where file names speak of splits; else everything is train
                   *, column:str='text', # the column that holds the text
                   by:str='line', # what a row of a txt file is: line, paragraph or document
                   ): # datasets.IterableDataset
-    "Read a corpus row by row, however large: nothing but a buffer is held in memory; each text is checked as it passes"
+    "Read a corpus row by row, however large: only a buffer is held; each text is checked as it passes"
     from datasets import load_dataset
     root, files = _files(name)
-    files = files.get(known_name(split, files if None not in files else ['train'], 'split'), files.get(None))
+    files = files.get(known_name(split, files if None not in files else ['train'], 'split'),
+                      files.get(None))
     kinds = {_kinds[f.suffix.lower()] for f in files}
     require(len(kinds) == 1, 'name', str(name), 'files of one kind when streamed')
     kind = kinds.pop()
-    options = {'text': dict(sample_by=by, chunksize=2**20), 'json': dict(chunksize=2**20), 'csv': dict(keep_default_na=False)}.get(kind, {})
+    options = {'text': dict(sample_by=by, chunksize=2**20), 'json': dict(chunksize=2**20),
+               'csv': dict(keep_default_na=False)}.get(kind, {})
     ds = load_dataset(kind, data_files=[str(f) for f in files], split='train', streaming=True, **options)
     if kind == 'text': ds = ds.filter(lambda r: r[column].strip() != '')
-    return ds.map(lambda r, i: {column: check_text(r[column], f'{root.name}: {column}[{i}]')}, with_indices=True)
+    return ds.map(lambda r, i: {column: check_text(r[column], f'{root.name}: {column}[{i}]')},
+                  with_indices=True)
 
-# %% ../nbs/01_data.ipynb #7669114b
+# %% ../nbs/01_data.ipynb #2b663737
 def clean_text(s:str, # one text
                )->str: # the same words
-    "Unicode in composed form (NFC), plain newlines and spaces, no control or invisible characters, at most one empty line in a row"
+    "Composed Unicode (NFC), plain newlines and spaces, nothing invisible, at most one empty line in a row"
     s = s.replace('\r\n', '\n').replace('\r', '\n')
     s = re.sub('[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff\ud800-\udfff]', '', s)
     s = unicodedata.normalize('NFC', s)
     s = re.sub(r'[^\S\n]+', ' ', s)
     return re.sub(r'\n{3,}', '\n\n', re.sub(r' ?\n ?', '\n', s)).strip()
 
-# %% ../nbs/01_data.ipynb #0ebd5052
+# %% ../nbs/01_data.ipynb #edb0826e
 _stop = set('the be to of and that have with'.split())
-RULES = dict(words=(50, 100_000), word_length=(3, 10), symbols=(0, .1), alphabetic=(.8, 1), stop_words=(2, np.inf), repeated_lines=(0, .3))
+RULES = dict(words=(50, 100_000), word_length=(3, 10), symbols=(0, .1), alphabetic=(.8, 1),
+             stop_words=(2, np.inf), repeated_lines=(0, .3))
 
 def quality(text:str, # one text
             )->dict[str, float]: # the measures that RULES has limits for
     "Six measures of a text, as in Gopher (Rae et al. 2021, table A1)"
     words, lines = text.split(), [l for l in text.split('\n') if l.strip()]
     n = max(1, len(words))
-    return dict(words=len(words), word_length=sum(map(len, words))/n, symbols=(text.count('#') + text.count('...') + text.count('…'))/n,
-                alphabetic=sum(any(c.isalpha() for c in w) for w in words)/n, stop_words=len(_stop & {w.lower() for w in words}),
+    return dict(words=len(words), word_length=sum(map(len, words))/n,
+                symbols=(text.count('#') + text.count('...') + text.count('…'))/n,
+                alphabetic=sum(any(c.isalpha() for c in w) for w in words)/n,
+                stop_words=len(_stop & {w.lower() for w in words}),
                 repeated_lines=1 - len(set(lines))/max(1, len(lines)))
 
 # %% ../nbs/01_data.ipynb #d8a26c13
@@ -201,26 +222,26 @@ def jaccard(a:set, b:set)->float: # in [0,1]; two empty sets are alike
     "Size of the intersection over size of the union"
     return len(a & b)/len(a | b) if a or b else 1.
 
-# %% ../nbs/01_data.ipynb #821be60b
+# %% ../nbs/01_data.ipynb #067adb3b
 class Duplicates(NamedTuple):
-    "What `deduplicate` found"
     keep: list # indices of the texts to keep, in order
     twin: dict # index of each text left out: index of the kept one it resembles
 
 def deduplicate(texts:Iterable[str], # the texts, in order: of several alike the first stays
-                *, threshold:float=.8, # Jaccard similarity of the shingles from which two texts are alike; (0, 1]
+                *, threshold:float=.8, # Jaccard similarity from which two texts are alike; (0, 1]
                 n:int=5, # words in a shingle
                 num_perm:int=128, # numbers in a MinHash: more find more of the pairs close to the threshold
                 seed:int=1, # of the hash functions
                 )->Duplicates:
-    "Leave out texts that nearly repeat an earlier one: MinHash proposes pairs (datasketch), their true similarity decides"
+    "Leave out texts that nearly repeat an earlier one: MinHash proposes pairs, their true similarity decides"
     from datasketch import MinHash, MinHashLSH
     require(0 < threshold <= 1, 'threshold', threshold, 'in (0, 1]')
     require(isinstance(n, int) and n > 0, 'n', n, 'an integer of 1 or more')
     texts = list(check_texts(texts))
     first = {s: i for i, s in reversed(list(enumerate(texts)))}                       # equal texts need no hash
     sets = {i: shingles(texts[i], n) for i in sorted(first.values())}
-    hashes = MinHash.bulk([[g.encode() for g in grams] for grams in sets.values()], num_perm=num_perm, seed=seed, hashfunc=zlib.crc32)
+    hashes = MinHash.bulk([[g.encode() for g in grams] for grams in sets.values()], num_perm=num_perm,
+                          seed=seed, hashfunc=zlib.crc32)
     lsh, twin = MinHashLSH(threshold=max(.05, threshold-.1), num_perm=num_perm, weights=(.1, .9)), {}
     for (i, grams), h in zip(sets.items(), hashes):
         alike = [j for j in sorted(lsh.query(h)) if jaccard(grams, sets[j]) >= threshold]
@@ -241,40 +262,43 @@ def mixing_weights(sizes:dict[str, float], # corpus: its size, in the unit you d
     p = np.exp(logs - logs.max())
     return dict(zip(sizes, (p/p.sum()).tolist()))
 
-# %% ../nbs/01_data.ipynb #21308d5b
+# %% ../nbs/01_data.ipynb #3e469054
 def train_tokenizer(texts:Iterable[str], # a list, or anything that yields texts
                     *, vocab_size:int, # ids in all: 256 bytes, the special tokens, and merges for the rest
                     special_tokens:tuple=('<|endoftext|>',), # the first begins and ends documents
                     min_frequency:int=2, # a pair seen less often is not merged
                     ): # transformers.PreTrainedTokenizerFast
-    "Train a byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2): every text comes back from its ids unchanged"
+    "Train a byte-level BPE tokenizer (Sennrich et al. 2016): every text comes back from its ids unchanged"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     least = 256 + len(special_tokens)
-    require(isinstance(vocab_size, int) and vocab_size >= least, 'vocab_size', vocab_size, f'an integer of {least} or more: 256 bytes and {len(special_tokens)} special tokens')
+    require(isinstance(vocab_size, int) and vocab_size >= least, 'vocab_size', vocab_size,
+            f'an integer of {least} or more: 256 bytes and {len(special_tokens)} special tokens')
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(special_tokens),
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency,
+                                  special_tokens=list(special_tokens),
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tok.train_from_iterator(check_texts(texts), trainer)
     ends = dict(bos_token=special_tokens[0], eos_token=special_tokens[0]) if special_tokens else {}
     return PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False, **ends)
 
-# %% ../nbs/01_data.ipynb #521fa572
-def load_tokenizer(name:str|Path, # a bundled model's name, a folder with tokenizer.json, or a hub id such as owner/name
+# %% ../nbs/01_data.ipynb #ccad0b54
+def load_tokenizer(name:str|Path, # a bundled model's name, a folder with tokenizer.json, or a hub id (owner/name)
                    ): # transformers.PreTrainedTokenizerFast
-    "Load a tokenizer. No code that comes with it is run; the hub is asked only for ids with a slash that are in no local cache"
+    "Load a tokenizer; no code that comes with it is run. The hub is asked only for ids that are in no local cache"
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     require(isinstance(name, (str, Path)), 'name', name, 'a name or a path', LmnotesTypeError)
     bundled = sorted(p.parent.name for p in assets('models').glob('*/tokenizer.json'))
     folder = assets('models', name) if str(name) in bundled else Path(name).expanduser()
-    if not folder.is_dir(): return _hub_tokenizer(known_name(str(name), bundled if '/' not in str(name) else [str(name)], 'tokenizer or folder'))
+    if not folder.is_dir():
+        return _hub_tokenizer(str(name)) if '/' in str(name) else known_name(str(name), bundled, 'tokenizer or folder')
     require((folder/'tokenizer.json').exists(), 'name', str(name), 'a folder that holds tokenizer.json')
     auto = (folder/'config.json').exists() or (folder/'tokenizer_config.json').exists()
-    try: return AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if auto else PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as e: raise LmnotesError(f'{folder}: its tokenizer.json cannot be read: {brief(e, 200)}') from e
+    try: return (AutoTokenizer if auto else PreTrainedTokenizerFast).from_pretrained(folder, trust_remote_code=False)
+    except Exception as e: raise LmnotesError(f'tokenizer.json of {folder} cannot be read: {brief(e, 200)}') from e
 
-# %% ../nbs/01_data.ipynb #7068587f
+# %% ../nbs/01_data.ipynb #74893ad1
 def _hub_tokenizer(name):
     "From the local cache; else from the hub, if it answers within two seconds"
     from socket import create_connection
@@ -284,5 +308,5 @@ def _hub_tokenizer(name):
     try: return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
     except Exception: pass                                                            # not in the cache
     try: create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=2).close()
-    except OSError as e: raise LmnotesError(f'tokenizer {name!r} is no folder and in no local cache, and the hub cannot be reached ({e})') from e
+    except OSError as e: raise LmnotesError(f'tokenizer {name}: no folder, not cached, and no answer from the hub') from e
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
