@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['attention', 'sdpa', 'causal_mask', 'padding_mask', 'segment_mask', 'KVCache', 'MultiHeadAttention']
 
-# %% ../nbs/03_attention.ipynb #f414e1b3
+# %% ../nbs/03_attention.ipynb #eac88e5b
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from .core import LmnotesError, require
+from .core import require
 
 # %% ../nbs/03_attention.ipynb #3b344559
 def _check_attention(q, k, v, mask):

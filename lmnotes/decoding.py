@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['strategies', 'apply_temperature', 'apply_top_k', 'apply_top_p', 'check_sampling', 'next_token_probs', 'Greedy',
-           'Sample', 'Generation', 'check_prompt', 'generate']
+           'Sample', 'Generation', 'check_prompt', 'FROM_MODEL', 'end_ids', 'generate']
 
 # %% ../nbs/10_decoding.ipynb #72934d23
 import math
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .core import LmnotesError, known_name, require
 from .lm import evaluating
 
-# %% ../nbs/10_decoding.ipynb #aaf2b91c
+# %% ../nbs/10_decoding.ipynb #bd585e77
 def apply_temperature(
     logits:Tensor, # (B,V)
     temperature:float, # 0 = greedy, else above 0
 )->Tensor: # (B,V) with the largest logit at 0
-    "Equation (10.1). With 0 all but the largest logit, among equals the one of the lowest id, become minus infinity."
+    "Divide by the temperature, inside the softmax of equation (10.1). With 0 all but the largest logit, among equals the one of the lowest id, become minus infinity."
     z = logits - logits.amax(-1, keepdim=True)
     if temperature == 0: return torch.full_like(z, -math.inf).scatter(-1, z.argmax(-1, keepdim=True), 0.)
     return (z.double() / temperature).to(z.dtype)
@@ -59,10 +59,10 @@ def check_sampling(
     require(top_k is None or isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1, 'top_k', top_k, 'None or a whole number of at least 1')
     require(top_p is None or number(top_p) and 0 < top_p <= 1, 'top_p', top_p, 'None or in (0, 1]')
 
-# %% ../nbs/10_decoding.ipynb #35df3808
+# %% ../nbs/10_decoding.ipynb #b7081985
 def next_token_probs(
     logits:Tensor, # (B,V) of the last position
-    input_ids:Tensor|None=None, # (B,T) what was read so far; for filters that look back
+    input_ids:Tensor|None=None, # (B,T) what was read so far; temperature, top-k and top-p do not look at it
     temperature:float=1., # 0 = greedy
     top_k:int|None=None, # keep so many
     top_p:float|None=None, # keep so much probability, in (0,1]
@@ -78,13 +78,18 @@ def next_token_probs(
     if top_p is not None: z = apply_top_p(z, top_p)
     return z.softmax(-1)
 
-# %% ../nbs/10_decoding.ipynb #5c0cc54d
+# %% ../nbs/10_decoding.ipynb #7b164fe0
 @dataclass(frozen=True)
 class Greedy:
     "Always the most probable token; among equals the lowest id."
-    def pick(self, logits, generator): return next_token_probs(logits, temperature=0).argmax(-1)
+    def pick(self,
+        logits:Tensor, # (B,V) of the last position
+        generator:torch.Generator|None=None, # not used
+    )->Tensor: # (B,) token ids
+        "The largest logit of each row."
+        return next_token_probs(logits, temperature=0).argmax(-1)
 
-# %% ../nbs/10_decoding.ipynb #ee2a3268
+# %% ../nbs/10_decoding.ipynb #c4e30a7a
 @dataclass(frozen=True)
 class Sample:
     "Draw from the filtered distribution."
@@ -92,19 +97,23 @@ class Sample:
     top_k:int|None = None     # keep so many
     top_p:float|None = None   # keep so much probability, in (0,1]
     def __post_init__(self): check_sampling(self.temperature, self.top_k, self.top_p)
-    def pick(self, logits, generator):
+    def pick(self,
+        logits:Tensor, # (B,V) of the last position
+        generator:torch.Generator|None=None, # source of chance; torch's own by default
+    )->Tensor: # (B,) token ids
+        "One draw a row."
         probs = next_token_probs(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         return torch.multinomial(probs.cpu() if generator is not None and generator.device.type == 'cpu' else probs, 1, generator=generator)[:, 0].to(logits.device)
 
-# %% ../nbs/10_decoding.ipynb #91c20e07
+# %% ../nbs/10_decoding.ipynb #b000fdd7
 @dataclass
 class Generation:
     "What `generate` returns."
-    sequences:Tensor    # (B,T+n) prompts with what was generated; rows that ended are filled with the pad id
+    sequences:Tensor    # (B,T+n) prompts with what was generated; rows that ended are filled with the end id
     scores:Tensor       # (B,n) natural-log probability of each new token under the model, 0 after the end
     lengths:Tensor      # (B,) new tokens of each row, the end token counted
 
-# %% ../nbs/10_decoding.ipynb #0faf89bd
+# %% ../nbs/10_decoding.ipynb #8296ba4f
 def check_prompt(
     model:nn.Module, # has .config
     input_ids:Tensor, # (B,T)
@@ -115,7 +124,8 @@ def check_prompt(
     require(isinstance(input_ids, Tensor) and input_ids.ndim == 2 and input_ids.numel() > 0, 'input_ids', tuple(getattr(input_ids, 'shape', ())), 'a tensor of shape (B,T) with at least one token; start an empty prompt with the end-of-text id')
     require(isinstance(max_new_tokens, int) and max_new_tokens >= 1, 'max_new_tokens', max_new_tokens, 'a whole number of at least 1')
     c = model.config
-    require(int(input_ids.min()) >= 0 and int(input_ids.max()) < c.vocab_size, 'input_ids', int(input_ids.max()), f'ids from 0 to {c.vocab_size - 1}')
+    outside = input_ids[(input_ids < 0) | (input_ids >= c.vocab_size)]
+    require(not len(outside), 'input_ids', outside[:8].tolist(), f'ids from 0 to {c.vocab_size - 1}')
     longest, T = getattr(c, 'max_len', None) or getattr(c, 'max_position_embeddings', None), input_ids.shape[1]
     require(longest is None or T + max_new_tokens <= longest, 'max_new_tokens', max_new_tokens, f'at most {(longest or 0) - T}: the prompt has {T} tokens and the model reads {longest}')
     if attention_mask is None: return torch.ones_like(input_ids, dtype=torch.bool)
@@ -124,7 +134,24 @@ def check_prompt(
     require(bool(m[:, -1].all()) and bool((m.int().diff(dim=1) >= 0).all()), 'attention_mask', 'padded on the right or inside', 'padded on the left: collate(rows, side="left")')
     return m
 
-# %% ../nbs/10_decoding.ipynb #fc20ccba
+# %% ../nbs/10_decoding.ipynb #025ae0e6
+class FROM_MODEL:
+    "Stands for an id that the model's generation configuration gives."
+
+# %% ../nbs/10_decoding.ipynb #8d583cad
+def end_ids(
+    model:nn.Module, # ours or transformers'
+    eos_id=FROM_MODEL, # an id, several, None = none; by default the model's own
+)->list[int]: # ids that end a text; ids outside the vocabulary are left out
+    "Which tokens end a text: those asked for, or those of the model's generation configuration, or of its configuration."
+    if eos_id is FROM_MODEL:
+        places = (getattr(model, 'generation_config', None), 'eos_token_id'), (model.config, 'eos_id'), (model.config, 'eos_token_id')
+        eos_id = next((i for config, name in places if (i := getattr(config, name, None)) is not None), None)
+    ids = [] if eos_id is None else list(eos_id) if isinstance(eos_id, (list, tuple)) else [eos_id]
+    require(all(isinstance(i, int) and not isinstance(i, bool) for i in ids), 'eos_id', eos_id, 'a token id, a list of them, or None')
+    return [i for i in ids if 0 <= i < model.config.vocab_size]
+
+# %% ../nbs/10_decoding.ipynb #56693031
 strategies = {'greedy': Greedy, 'sample': Sample}
 
 def generate(
@@ -134,13 +161,13 @@ def generate(
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     max_new_tokens:int=50, # at most so many
     generator:torch.Generator|None=None, # for strategies that draw
-    eos_id:int|None='model', # ends a row; the model's own by default, None = never
+    eos_id=FROM_MODEL, # id or ids that end a row, None = never; the model's own by default
 )->Generation: # prompts with continuations
     "Continue prompts. Each row comes out as it would alone (exactly for greedy)."
     strategy = strategies[known_name(strategy, list(strategies), 'strategy')]() if isinstance(strategy, str) else strategy
+    require(callable(getattr(strategy, 'pick', None)) and not isinstance(strategy, type), 'strategy', strategy, f'a strategy such as Greedy(), or one of {list(strategies)}')
     mask = check_prompt(model, input_ids, attention_mask, max_new_tokens)
-    if eos_id == 'model': eos_id = getattr(model.config, 'eos_id', None) if hasattr(model.config, 'eos_id') else getattr(model.config, 'eos_token_id', None)
-    ends = torch.tensor(eos_id if isinstance(eos_id, (list, tuple)) else [] if eos_id is None else [eos_id], device=input_ids.device, dtype=torch.long)
+    ends = torch.tensor(end_ids(model, eos_id), device=input_ids.device, dtype=torch.long)
     sequences, cache, scores = input_ids, None, []
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from .core import require
 
-# %% ../nbs/05_objectives.ipynb #10bc8a4d
+# %% ../nbs/05_objectives.ipynb #15f12086
 def clm(
     ids:Tensor, # (B,T) token ids
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True = read but not scored, a prompt for example
 )->dict[str, Tensor]: # input_ids, attention_mask, position_ids, labels, each (B,T)
-    "A batch for next-token prediction, equation (5.1). Labels are aligned with the ids; the model shifts them. Padding and special positions get -100."
+    "A batch for next-token prediction, equation (5.1). Labels are aligned with the ids; the model shifts them. Padding and special positions get -100. LmnotesError where a mask has not the shape of ids."
     require(ids.ndim == 2 and ids.shape[1] > 0, 'ids', tuple(ids.shape), 'of shape (B,T) with T of 1 or more')
+    for name, m in (('attention_mask', attention_mask), ('special_mask', special_mask)):
+        require(m is None or m.shape == ids.shape, name, m if m is None else tuple(m.shape), f'of the shape of ids, {tuple(ids.shape)}')
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     scored = real if special_mask is None else real & ~special_mask.bool()
-    for name, m in (('attention_mask', real), ('special_mask', scored)):
-        require(m.shape == ids.shape, name, tuple(m.shape), f'of the shape of ids, {tuple(ids.shape)}')
     positions = (real.long().cumsum(-1) - 1).clamp(min=0)
     return dict(input_ids=ids, attention_mask=real, position_ids=positions, labels=ids.masked_fill(~scored, -100))
