@@ -15,24 +15,25 @@ from .core import LmnotesError, require
 class CheckpointError(LmnotesError):
     "A checkpoint is damaged, incomplete or not one."
 
-# %% ../nbs/06b_checkpoints.ipynb #351aab18
+# %% ../nbs/06b_checkpoints.ipynb #a7483fbc
 def sha256(path:Path, # a file
 )->str: # hexadecimal digest
     "SHA-256 of a file, read in pieces."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def _sync(path):
+    "Wait until a file, or a folder's list of names, is on the disk."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/06b_checkpoints.ipynb #9e246066
+# %% ../nbs/06b_checkpoints.ipynb #dd4b5c35
 def save_checkpoint(
     folder:Path|str, # where to put it; must not exist
     tensors:dict[str, dict[str, Tensor]], # file name without ending -> name -> tensor
     state:dict, # values that JSON can hold
 )->Path: # the folder
-    "Write safetensors files, state.json and a manifest, all or nothing. OSError from a full disk leaves nothing behind."
+    "Write safetensors files, state.json and a manifest, all or nothing. LmnotesError where something is at folder already; an error while writing, such as a full disk, leaves nothing behind."
     from safetensors.torch import save_file
     folder = Path(folder)
     require(not folder.exists(), 'folder', str(folder), 'a path at which nothing exists')
@@ -45,12 +46,13 @@ def save_checkpoint(
         manifest = {p.name: dict(bytes=p.stat().st_size, sha256=sha256(p)) for p in sorted(tmp.iterdir())}
         (tmp/'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
         for p in tmp.iterdir(): _sync(p)
+        if os.name == 'posix': _sync(tmp)
         os.rename(tmp, folder)
         if os.name == 'posix': _sync(folder.parent)
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/06b_checkpoints.ipynb #b545afbe
+# %% ../nbs/06b_checkpoints.ipynb #24b33c8c
 def verify_checkpoint(
     folder:Path|str, # a checkpoint
 )->dict: # the manifest
@@ -63,7 +65,7 @@ def verify_checkpoint(
         path = folder/name
         if Path(name).name != name: raise CheckpointError(f'{folder}: the manifest names {name!r}, which is not a plain file name')
         if not path.is_file(): raise CheckpointError(f'{path} is missing')
-        if path.stat().st_size != want['bytes'] or sha256(path) != want['sha256']: raise CheckpointError(f'{path} is not what was written: its size or SHA-256 differs from the manifest')
+        if not isinstance(want, dict) or path.stat().st_size != want.get('bytes') or sha256(path) != want.get('sha256'): raise CheckpointError(f'{path} is not what was written: its size or SHA-256 differs from the manifest')
     return manifest
 
 # %% ../nbs/06b_checkpoints.ipynb #0620bd2a

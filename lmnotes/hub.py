@@ -14,12 +14,14 @@ from torch import nn
 from .core import LmnotesError, UnknownNameError, assets, known_name, require
 from .models import Transformer, TransformerConfig, from_llama
 
-# %% ../nbs/04b_hub.ipynb #5a7ddf0c
+# %% ../nbs/04b_hub.ipynb #e19619da
 def config_from_hf(
     config:dict, # config.json as transformers writes it
 )->TransformerConfig: # the same shape in our terms
     "Translate a Llama configuration. LmnotesError names the setting that our Transformer does not have."
     require(config.get('model_type') == 'llama', 'model_type', config.get('model_type'), "'llama' (other families: native=False)")
+    for key in ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'max_position_embeddings'):
+        require(key in config, key, None, 'in config.json')
     rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
     heads, d_model = config['num_attention_heads'], config['hidden_size']
     fixed = dict(hidden_act='silu', attention_bias=False, mlp_bias=False)
@@ -67,12 +69,12 @@ def smollm2_file()->Path|None: # the weights, if the package is installed
     except PackageNotFoundError: return None
     return next((Path(f.locate()) for f in files if f.name.endswith('.gguf')), None)
 
-# %% ../nbs/04b_hub.ipynb #b0cd7417
+# %% ../nbs/04b_hub.ipynb #a84d2f35
 def load_model(
     name:str|Path, # bundled name, 'smollm2', folder, or hub id owner/name
     native:bool=True, # our Transformer, else the transformers model
 )->nn.Module: # in eval mode, float32
-    "Load a causal model. Never unpickles and never runs code that comes with a model."
+    "Load a causal model. Never unpickles and never runs code that comes with a model. UnknownNameError lists the known names; LmnotesError says what our Transformer cannot express."
     from transformers import AutoModelForCausalLM
     bundled = sorted(p.parent.name for p in assets('models').glob('*/config.json'))
     folder = assets('models', name) if str(name) in bundled else Path(name).expanduser()
