@@ -102,7 +102,7 @@ def execute(path, *, profile=None, slow=False, gpu=False, limit=600, cwd=None, s
         if not reason: continue
         if COLAB not in c.source: skipped.append(f'cell {i} ({reason})')
         c.source = ''
-    if len(skipped) > MAX_SKIPPED: raise NotebookFailed(f"{where} skips {len(skipped)} cells, at most {MAX_SKIPPED} may be: {', '.join(skipped)}")
+    if len(skipped) > MAX_SKIPPED: raise NotebookFailed(f"{where} skips more than {MAX_SKIPPED} cells: {', '.join(skipped)}")
     env = dict(os.environ, PLOTLY_RENDERER='plotly_mimetype', TQDM_DISABLE='1', HF_HUB_DISABLE_PROGRESS_BARS='1', PYTHONHASHSEED='0')
     if profile: env['LMNOTES_PROFILE'] = profile
     end, at = None, 0
@@ -111,10 +111,11 @@ def execute(path, *, profile=None, slow=False, gpu=False, limit=600, cwd=None, s
         at, end = cell_index, end or time.monotonic() + limit                # the clock starts with the first cell, not with the kernel
         show(f'{where}: cell {at + 1} of {len(work.cells)}')
     with tempfile.TemporaryDirectory() as tmp:
-        client = NotebookClient(work, kernel_name='python3', extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(cwd or tmp)}}, coalesce_streams=True,
-                                timeout_func=lambda cell: max(1, int(end - time.monotonic())), on_cell_start=started, store_widget_state=False)
+        client = NotebookClient(
+            work, kernel_name='python3', extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(cwd or tmp)}}, on_cell_start=started,
+            timeout_func=lambda cell: max(1, int(end - time.monotonic())), coalesce_streams=True, store_widget_state=False)
         try: client.execute(env=env)
-        except CellExecutionError as e: raise NotebookFailed(f'{where}, cell {at}:\n{plain(e.traceback if hasattr(e, "traceback") else e)}') from None
+        except CellExecutionError as e: raise NotebookFailed(f'{where}, cell {at}:\n{plain(e)}') from None
         except CellTimeoutError: raise NotebookFailed(f'{where}, cell {at}: not done after {limit} s') from None
         except DeadKernelError: raise NotebookFailed(f'{where}, cell {at}: the kernel died (out of memory?)') from None
         for (i, c), (_, done) in zip(code_cells(nb), code_cells(work)):
@@ -135,8 +136,7 @@ def tidy(output, cwd):
     "An output as it is stored: no counts, progress bars, widget views, machine paths or addresses. None where nothing is left."
     o = copy.deepcopy(output)
     if 'execution_count' in o: o.execution_count = None
-    o.metadata = {} if 'metadata' in o else o.get('metadata')
-    if o.metadata is None: del o['metadata']
+    if 'metadata' in o: o.metadata = {}
     if o.output_type == 'stream':
         lines = [line.split('\r')[-1] for line in o.text.replace('\r\n', '\n').split('\n')]
         kept = [line for line in lines if not re.search(r'\d+%\|', line)]
@@ -154,7 +154,7 @@ def tidy(output, cwd):
 
 def unpath(text, cwd):
     "Without this machine's folders and object addresses."
-    for folder, short in ((cwd, '.'), (str(ROOT) + '/', ''), (str(Path(sys.prefix)), '.venv'), (str(Path.home()), '~')): text = text.replace(folder, short)
+    for folder, short in ((cwd, '.'), (f'{ROOT}{os.sep}', ''), (sys.prefix, '.venv'), (str(Path.home()), '~')): text = text.replace(folder, short)
     return re.sub(r' at 0x[0-9a-fA-F]+', '', text)
 
 
@@ -162,7 +162,6 @@ def add_pictures(nb):
     "A PNG of at most 25 KB beside each plotly figure, for readers without plotly (GitHub); one Chromium serves the whole run."
     figures = [o for _, c in code_cells(nb) for o in c.outputs if PLOTLY in o.get('data', {})]
     for o in figures: o.data['image/png'] = base64.b64encode(picture(o.data[PLOTLY])).decode()
-    return len(figures)
 
 
 def picture(figure):
@@ -178,10 +177,10 @@ def picture(figure):
     for scale in (1.5, 1.25, 1, .8, .6, .4):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)                # plotly: its options do not reach a running server
-            png = pio.to_image(dict(data=figure['data'], layout=layout), 'png', width=700, height=layout.get('height', 420), scale=scale, validate=False)
-        image, small = Image.open(io.BytesIO(png)), io.BytesIO()
-        ground = Image.new('RGBA', image.size, 'white')
-        Image.alpha_composite(ground, image.convert('RGBA')).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+            png = pio.to_image(dict(data=figure['data'], layout=layout), width=700, height=layout.get('height', 420), scale=scale, validate=False)
+        image, small = Image.open(io.BytesIO(png)).convert('RGBA'), io.BytesIO()
+        opaque = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+        opaque.quantize(64, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
         if len(small.getvalue()) <= MAX_PNG: return small.getvalue()
     raise NotebookFailed(f'a figure needs {len(small.getvalue()):,} bytes as PNG, {MAX_PNG:,} are allowed')
 
@@ -189,27 +188,31 @@ def picture(figure):
 def run(paths, *, save=False, profile=None, slow=False, limit=None, stale=False, cwd=None):
     "Execute each notebook; True if all went well. With `save` outputs and hash are stored, unless they hold a secret."
     if stale: paths = [p for p in paths if read(p).metadata.get('lmnotes', {}).get('hash') != code_hash(p)]
-    tty, gpu, failed = sys.stdout.isatty(), save and has_gpu() or any(needs_gpu(p) for p in paths) and has_gpu(), []
+    gpu = (save or any(map(needs_gpu, paths))) and has_gpu()
+    wipe, failed = '\r\x1b[K' if sys.stdout.isatty() else '', 0
+    def show(text):
+        if wipe: print(wipe + text, end='', flush=True)
     for p in paths:
-        t = time.monotonic()
+        start, before = time.monotonic(), p.read_bytes()
         try:
-            show = (lambda s: print(f'\r\x1b[K{s}', end='', flush=True)) if tty else (lambda s: None)
             nb, skipped = execute(p, profile=profile, slow=slow, gpu=gpu, limit=limit or 3600, cwd=cwd, show=show)
             if save:
                 add_pictures(nb)
                 found = [s for i, c in enumerate(nb.cells) for s in secrets(c, i)]
                 if found: raise NotebookFailed(f"{name_of(p)} is not saved: {'; '.join(found)}")
-                nb.metadata['lmnotes'] = dict(hash=code_hash(p, nb), profile=profile or os.environ.get('LMNOTES_PROFILE') or ('gpu' if gpu else 'cpu'))
+                if p.read_bytes() != before: raise NotebookFailed(f'{name_of(p)} is not saved: it was edited while it ran')
+                sizes = profile or os.environ.get('LMNOTES_PROFILE') or ('gpu' if gpu else 'cpu')
+                nb.metadata['lmnotes'] = dict(hash=code_hash(p, nb), profile=sizes)
                 write(clean_metadata(nb), p)
+            note = f"   skipped: {', '.join(skipped)}" if skipped else ''
+            print(f'{wipe}{name_of(p):34} {time.monotonic() - start:6.1f} s{note}', flush=True)
         except NotebookFailed as e:
-            failed.append(p)
-            print(f'{chr(13) if tty else ""}FAILED {e}', flush=True)
-            continue
-        note = f"   skipped: {', '.join(skipped)}" if skipped else ''
-        print(f"{chr(13) + chr(27) + '[K' if tty else ''}{name_of(p):34} {time.monotonic() - t:6.1f} s{note}", flush=True)
+            failed += 1
+            print(f'{wipe}FAILED {e}', flush=True)
     if getattr(picture, 'server', False):
         import kaleido
         kaleido.stop_sync_server(silence_warnings=True)
+        picture.server = False
     return not failed
 
 
@@ -283,8 +286,9 @@ def badges_text(rel):
     cfg = settings()
     if rel == 'index.ipynb': rel = 'tour.ipynb'
     repo, page = f"{cfg['user']}/{cfg['repo']}", re.sub(r'(^|/)\d+[a-z]?_', r'\1', rel).replace('.ipynb', '.html')
+    colab = 'https://colab.research.google.com'
     return '\n'.join([BADGES,
-        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{repo}/blob/{cfg['branch']}/nbs/{rel})",
+        f"[![Open in Colab]({colab}/assets/colab-badge.svg)]({colab}/github/{repo}/blob/{cfg['branch']}/nbs/{rel})",
         f"[View on GitHub]({cfg['git_url']}/blob/{cfg['branch']}/nbs/{rel}) · [Read on the site]({cfg['doc_host']}{cfg['doc_baseurl']}/{page})"])
 
 
@@ -338,9 +342,8 @@ def secrets(cell, i):
     "One line per place that looks like a secret; the line names the cell, never the secret."
     own = [v for k, v in os.environ.items() if re.search(r'TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY', k, re.I) and len(v) >= 12]
     def holds(text): return any(p.search(text) for p in SECRETS) or any(v in text for v in own)
-    found = [f'cell {i} ({cell.id}): its source holds what looks like a secret'] if holds(cell.source) else []
-    if any(holds(t) for o in cell.get('outputs', []) for t in texts(o)): found.append(f'cell {i} ({cell.id}): its output holds what looks like a secret')
-    return found
+    parts = dict(source=[cell.source], output=[t for o in cell.get('outputs', []) for t in texts(o)])
+    return [f'cell {i} ({cell.id}): its {part} holds what looks like a secret' for part, said in parts.items() if any(map(holds, said))]
 
 
 def problems(path, nb=None):
@@ -357,7 +360,8 @@ def problems(path, nb=None):
     if 'widgets' in nb.metadata: out.append('metadata.widgets is set; GitHub does not render such a notebook')
     extra = set(nb.metadata) - {'kernelspec', *settings()['allowed_metadata_keys'].split()}
     if extra - {'widgets'}: out.append(f"metadata has {', '.join(sorted(extra - {'widgets'}))}")
-    if not re.fullmatch(r'# [^\n]+\n+> [^\n]+(\n+- [\w-]+: [^\n]+)*\n*', nb.cells[0].source if nb.cells else ''): out.append('the first cell must hold `# Title` and `> one line`, and nothing else')
+    if not nb.cells or not re.fullmatch(r'# [^\n]+\n+> [^\n]+(\n+- [\w-]+: [^\n]+)*\n*', nb.cells[0].source):
+        out.append('the first cell must hold `# Title` and `> one line`, and nothing else')
     for i, c in enumerate(nb.cells):
         at = f'cell {i} ({c.id})'
         out += secrets(c, i)
@@ -378,7 +382,7 @@ def problems(path, nb=None):
     if figures > MAX_FIGURES: out.append(f'{figures} figures, but at most {MAX_FIGURES} are allowed')
     skipped = [i for i, c in code_cells(nb) if skip_reason(c) and COLAB not in c.source]
     if len(skipped) > MAX_SKIPPED: out.append(f'{len(skipped)} cells are skipped, but at most {MAX_SKIPPED} may be')
-    if stamped(path, nb) != nb: out.append('its badges, setup cell or GPU hint differ from settings.ini: run `make notebooks` or `docs/notebooks.py stamp`')
+    if stamped(path, nb) != nb: out.append('its badges, setup cell or GPU hint differ from settings.ini: run `make notebooks`')
     if name_of(path).startswith('nbs/recipes/') and not meta: return out
     if not meta.get('hash'): out.append('its outputs were never stored: run `make notebooks`')
     elif meta['hash'] != code_hash(path, nb): out.append('its code, or a module it imports, changed after its outputs were made: run `make notebooks`')
@@ -393,7 +397,8 @@ def sizes(path):
     lines = [[s for s in src.splitlines() if s.strip() and not s.lstrip().startswith('#')] for src in exported]
     words = sum(len(re.findall(r"[^\W\d_][\w'-]*", c.source)) for c in nb.cells if c.cell_type == 'markdown')
     figures = sum(PLOTLY in o.get('data', {}) or 'image/png' in o.get('data', {}) for _, c in code_cells(nb) for o in c.outputs)
-    return f'{name_of(path):34} {len(nb.cells):5} {words:6} {sum(map(len, lines)):9} {max(map(len, lines), default=0):8} {figures:8} {raw / 1024:6.0f}'
+    counts = f'{len(nb.cells):5} {words:6} {sum(map(len, lines)):9} {max(map(len, lines), default=0):8} {figures:8}'
+    return f'{name_of(path):34} {counts} {raw / 1024:6.0f}'
 
 
 def check(paths):
@@ -448,7 +453,9 @@ def main(argv=None):
     if a.command == 'export':
         from nbdev.doclinks import nbdev_export
         nbdev_export.__wrapped__()                                  # undecorated: the decorated one would read our arguments
-    elif a.command == 'run': return run(paths or notebooks('', 'tasks'), save=a.save, profile=a.profile, slow=a.slow, limit=a.limit, stale=a.stale, cwd=a.cwd)
+    elif a.command == 'run':
+        options = {k: getattr(a, k) for k in ('save', 'profile', 'slow', 'limit', 'stale', 'cwd')}
+        return run(paths or notebooks('', 'tasks'), **options)
     elif a.command == 'stamp':
         for p in paths or notebooks(): write(stamped(p, read(p)), p)
     elif a.command == 'check': return check(paths or notebooks())

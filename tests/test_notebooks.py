@@ -214,6 +214,28 @@ def test_nothing_is_saved_over_a_secret(book, capsys):
     assert 'secret' in capsys.readouterr().out
 
 
+def test_nothing_is_saved_over_an_edit(book, capsys):
+    nb = tool.read(book)
+    nb.cells[-1].source = f'open({str(book)!r}, "a").write(" ")'
+    tool.write(nb, book)
+    before = book.read_bytes()
+    assert not tool.run([book], save=True, profile='cpu') and book.read_bytes() == before + b' '
+    assert 'edited while it ran' in capsys.readouterr().out
+
+
+def test_saving_stores_outputs_a_picture_and_the_hash(book, capsys):
+    import environment
+    if not environment.chromium(): pytest.skip('no Chromium to draw with; `make browser` installs one')
+    nb = tool.read(book)
+    nb.cells[-1].source = 'import plotly.graph_objects as go\ngo.Figure(go.Scatter(y=[1, 3, 2]), dict(title="A line", height=300))'
+    tool.write(nb, book)
+    assert tool.run([book], save=True, profile='cpu') and tool.problems(book) == [] and capsys.readouterr().out.startswith('nbs/01_demo.ipynb')
+    data = tool.read(book).cells[-1].outputs[0].data
+    assert set(data) == {tool.PLOTLY, 'image/png'} and 1000 < len(base64.b64decode(data['image/png'])) <= tool.MAX_PNG
+    stored = book.read_bytes()
+    assert tool.run([book], stale=True, save=True, profile='cpu') and capsys.readouterr().out == '' and book.read_bytes() == stored
+
+
 def test_readme_of_a_home_page(book):
     index = book.with_name('index.ipynb')
     nb = new_notebook(cells=[
