@@ -6,8 +6,9 @@
 __all__ = ['notebooks_dir', 'copy_notebooks', 'cell_titles', 'Progress', 'run_cells', 'tour_dir', 'metrics_table', 'tour',
            'parser', 'main']
 
-# %% ../nbs/00b_cli.ipynb #91528b8a
+# %% ../nbs/00b_cli.ipynb #6b02f625
 import argparse, asyncio, json, os, re, shutil, signal, subprocess, sys, time
+from html import unescape
 from pathlib import Path
 from .core import LmnotesError, atomic_write, doctor, fresh_dir, require
 
@@ -38,26 +39,28 @@ def copy_notebooks(folder, # where to put them; made if missing
         with atomic_write(dst/n) as f: f.write((src/n).read_bytes())
     return [dst/n for n in names]
 
-# %% ../nbs/00b_cli.ipynb #25549c64
+# %% ../nbs/00b_cli.ipynb #15f3d8b9
 def cell_titles(cells, # a notebook's cells
-                )->list: # per cell: the nearest heading above it, or its own first line of code
-    "What to call each cell while it runs: a heading names the first code cell under it"
-    titles, heading = [], ''
+                )->list: # per cell: the heading it stands under, numbered from its second code cell on, or its first line
+    "What to call each cell while it runs"
+    titles, heading, n = [], '', 0
     for c in cells:
         lines = [l.strip() for l in c['source'].splitlines() if l.strip()]
+        if c['cell_type'] == 'markdown':
+            found = [l.lstrip('# ') for l in lines if re.match('#+ ', l)]
+            if found: heading, n = found[-1], 0
+        else: n += 1
         code = [l for l in lines if not l.startswith(('#', '%', '!'))]
-        if c['cell_type'] == 'markdown': heading = ([heading] + [l.lstrip('# ') for l in lines if re.match('#+ ', l)])[-1]
-        titles.append(heading or (code or lines or [''])[0])
-        if c['cell_type'] == 'code': heading = ''
+        titles.append((f'{heading} ({n})' if n > 1 else heading) if heading else (code or lines or [''])[0])
     return titles
 
-# %% ../nbs/00b_cli.ipynb #0637c01e
+# %% ../nbs/00b_cli.ipynb #1d9a3f5f
 class Progress:
     "One line per cell: number, title, seconds. It lives while the cell runs; in a log it is repeated every 15 s"
     def __init__(self, n:int, # how many cells will run
                  file=None): # where to write; None means standard output
         self.n, self.i, self.file = n, 0, file or sys.stdout
-        self.tty, self.stopped = self.file.isatty(), False
+        self.tty, self.stopped = self.file.isatty(), 0
     def start(self, title): # a cell begins
         self.i, self.title, self.last, self.t0 = self.i+1, title, '', time.monotonic()
         self.shown = self.t0
@@ -78,7 +81,7 @@ class Progress:
         self.file.write(f'\r{line[:wide]}\x1b[K{end}' if self.tty else line + end)
         self.file.flush()
 
-# %% ../nbs/00b_cli.ipynb #edb2e497
+# %% ../nbs/00b_cli.ipynb #e3fb6122
 def _client(nb, progress, folder):
     "An nbclient client on this very Python, telling `progress` what a running cell prints"
     from jupyter_client import AsyncKernelManager
@@ -89,14 +92,16 @@ def _client(nb, progress, folder):
         def get_kernel_spec(self, name): return KernelSpec(argv=argv, display_name=name, language='python')
     class Client(NotebookClient):
         def process_message(self, msg, cell, index):
-            content = msg['content']
-            if msg['msg_type'] == 'stream': progress.note(content['text'])
-            elif msg['msg_type'] == 'update_display_data': progress.note(content['data'].get('text/plain', ''))
+            kind, content = msg['msg_type'], msg['content']
+            value = content['data'].get('state', {}).get('value') if kind == 'comm_msg' else None
+            if kind == 'stream': progress.note(content['text'])
+            elif kind == 'update_display_data': progress.note(content['data'].get('text/plain', ''))
+            elif isinstance(value, str) and '/' in value: progress.note(unescape(value))       # tqdm's bar as a widget
             return super().process_message(msg, cell, index)
     km = AsyncKernelManager(kernel_name='python3', kernel_spec_manager=ThisPython())
     return Client(nb, km=km, timeout=None, resources={'metadata': {'path': str(folder)}})
 
-# %% ../nbs/00b_cli.ipynb #8b0225e4
+# %% ../nbs/00b_cli.ipynb #cb3b948d
 _skip = re.compile(r'^#\|\s*(eval:\s*false|slow|gpu)\b', re.M)
 
 async def run_cells(nb, # an nbformat notebook; outputs are stored in it
@@ -111,9 +116,10 @@ async def run_cells(nb, # an nbformat notebook; outputs are stored in it
     start.setdefault('stderr', subprocess.DEVNULL)
     async def tick():
         while True: await asyncio.sleep(1); progress.show()
-    def stop(): progress.stopped = True; task.cancel()
+    def stop(signum): progress.stopped = signum; task.cancel()
     async with client.async_setup_kernel(cleanup_kc=True, **start):
-        try: asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop)
+        try:
+            for n in (signal.SIGINT, signal.SIGTERM): asyncio.get_running_loop().add_signal_handler(n, stop, n)
         except (RuntimeError, ValueError): pass        # not the main thread, or Windows: Python's own handling serves
         for i, cell in enumerate(nb.cells):
             if cell.cell_type != 'code' or not cell.source.strip() or _skip.search(cell.source): continue
@@ -146,7 +152,7 @@ def metrics_table(metrics:dict, # a tour's metrics.json
     wide = max((len(k) for k, _ in rows), default=0)
     return '\n'.join(f'{k:<{wide}}  {v:>12}' for k, v in rows)
 
-# %% ../nbs/00b_cli.ipynb #ad2a957a
+# %% ../nbs/00b_cli.ipynb #003052f8
 def tour(out='out/tour', # folder for index.html, metrics.json and the executed notebook
          overwrite:bool=False, # True: write into a folder that holds other things
          notebook=None, # another notebook to run in the tour's place
@@ -167,14 +173,14 @@ def tour(out='out/tour', # folder for index.html, metrics.json and the executed 
         with open(out/'kernel.log', 'w') as log: asyncio.run(run_cells(nb, progress, out, env=env, stderr=log))
     except nbclient.exceptions.CellExecutionError as e: return _failed(progress, e, out)
     except (nbclient.exceptions.DeadKernelError, asyncio.CancelledError, KeyboardInterrupt) as e:
-        if progress.stopped or isinstance(e, KeyboardInterrupt):
-            return _say(130, 'stopped by Ctrl-C; the kernel is shut down')
+        stopped = signal.SIGINT if isinstance(e, KeyboardInterrupt) else progress.stopped
+        if stopped: return _say(128 + stopped, f'stopped by {signal.Signals(stopped).name}; the kernel is shut down')
         return _say(1, f'the kernel died, most often for lack of memory (see lmnotes doctor); its log is {out/"kernel.log"}')
     finally:
         with atomic_write(out/'tour.ipynb', 'w') as f: f.write(nbformat.writes(nb))
     return _finish(out)
 
-# %% ../nbs/00b_cli.ipynb #36ca2cc9
+# %% ../nbs/00b_cli.ipynb #1eb401c6
 def _say(code, text):
     print(f'lmnotes: {text}', file=sys.stderr)
     return code
@@ -187,7 +193,7 @@ def _failed(progress, e, out):
     here = [l for l in trace if re.match(r'-+> *\d+ ', l)]
     for l in dict.fromkeys(here[:1] + here[-1:]): print(f'    {l}', file=sys.stderr)      # in the cell, and where it broke
     error = f'{e.ename}: {e.evalue.strip()[:2000]}{hint}\nThe whole trace is in {out/"tour.ipynb"}'
-    return _say(1, f'cell {progress.i} of {progress.n} ({progress.title}) failed: {error}')
+    return _say(1, f'cell {progress.i} of {progress.n}, {progress.title}, failed: {error}')
 
 def _finish(out):
     try: metrics = json.loads((out/'metrics.json').read_text(encoding='utf-8'))
@@ -215,9 +221,9 @@ def parser()->argparse.ArgumentParser:
     sub.add_parser('doctor', help='device, precision, memory, versions: what would keep the chapters from running here')
     return p
 
-# %% ../nbs/00b_cli.ipynb #1ce740d7
+# %% ../nbs/00b_cli.ipynb #6ea01333
 def main(argv=None, # the arguments; None means those of the process
-         )->int: # 0 fine, 1 it ran and failed, 2 cannot be asked for like that, 130 stopped by Ctrl-C
+         )->int: # 0 fine, 1 it ran and failed, 2 cannot be asked for like that, 130 and 143 stopped by Ctrl-C and kill
     "The `lmnotes` command"
     a = parser().parse_args(argv)
     try:

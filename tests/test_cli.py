@@ -76,7 +76,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_titles():
     nb = new_notebook(cells=[new_markdown_cell('# T\n> x'), new_code_cell('#| hide\nimport a\n1'), new_code_cell('# note\n%time\n2'), new_markdown_cell('text\n### Sub\n#not a heading'), new_code_cell('3'), new_code_cell('')])
-    assert cell_titles(nb.cells) == ['T', 'T', '2', 'Sub', 'Sub', '']
+    assert cell_titles(nb.cells) == ['T', 'T', 'T (2)', 'Sub', 'Sub', 'Sub (2)'] and cell_titles(nb.cells[1:3]) == ['import a', '2']
 
 def test_progress_in_a_log(tmp_path, monkeypatch):
     "One line a cell; a long one is repeated with its last output"
@@ -110,22 +110,34 @@ def test_a_good_run(tmp_path):
     assert done.cells[-1].outputs[0].text.split() == [sys.executable, str(tmp_path/'out')]
     assert run(tmp_path/'out', nb, code=TOUR).returncode == 0, 'a second run may use the same folder'
 
-@pytest.mark.parametrize('cells, said', [(['x = 0', '1/x'], 'cell 2 of 2 (1/x) failed: ZeroDivisionError'), (['import no_such_module'], "pip install 'lmnotes[viz,notebooks]'"),
+def test_progress_of_a_running_cell(tmp_path):
+    "What a cell prints, and tqdm's bar as a widget, show behind its title while it runs"
+    said = []
+    class Listening(Progress):
+        def note(self, text): said.append(text); super().note(text)
+    import asyncio
+    from lmnotes.cli import run_cells
+    nb = new_notebook(cells=[new_code_cell('print("loss 3.2")'), new_code_cell('from tqdm.notebook import tqdm\nfor i in tqdm(range(7), mininterval=0): pass')])
+    with open(tmp_path/'log', 'w') as log: asyncio.run(run_cells(nb, Listening(2, log), tmp_path))
+    assert 'loss 3.2\n' in said and any('7/7' in t for t in said), said
+
+@pytest.mark.parametrize('cells, said', [(['x = 0', '1/x'], 'cell 2 of 2, A tour (2), failed: ZeroDivisionError'), (['import no_such_module'], "pip install 'lmnotes[viz,notebooks]'"),
                                          (['import os; os._exit(9)'], 'the kernel died'), (['1'], 'metrics.json'), (['(("'], 'SyntaxError')])
 def test_a_failing_run(tmp_path, cells, said):
     r = run(tmp_path/'out', notebook(tmp_path/'n.ipynb', *cells), code=TOUR)
     assert r.returncode == 1 and said in r.stderr and len(r.stderr.splitlines()) < 8, r.stderr
     assert not (tmp_path/'out/metrics.json').exists() and nbformat.read(tmp_path/'out/tour.ipynb', 4).cells
 
-def test_ctrl_c(tmp_path):
-    "130, one line, and the kernel is gone"
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_stopped(tmp_path, signum):
+    "Ctrl-C and kill: 130 and 143, one line, and the kernel is gone"
     nb = notebook(tmp_path/'n.ipynb', 'import os, pathlib, time; pathlib.Path("pid").write_text(str(os.getpid())); time.sleep(100)')
     p = subprocess.Popen([sys.executable, '-c', TOUR, tmp_path/'out', nb], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
     while not ((tmp_path/'out/pid').exists() and (tmp_path/'out/pid').read_text()): assert time.time() < deadline and p.poll() is None; time.sleep(.1)
-    p.send_signal(signal.SIGINT)
+    p.send_signal(signum)
     out, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and 'stopped' in out and err == 'lmnotes: stopped by Ctrl-C; the kernel is shut down\n'
+    assert p.returncode == 128 + signum and 'stopped' in out and err == f'lmnotes: stopped by {signum.name}; the kernel is shut down\n'
     with pytest.raises(ProcessLookupError): os.kill(int((tmp_path/'out/pid').read_text()), 0)
 
 def test_tour_without_its_extra(tmp_path):
