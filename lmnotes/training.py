@@ -6,8 +6,8 @@
 __all__ = ['warmup_decay', 'split_parameters', 'adamw', 'muon', 'Learner', 'row_order', 'interrupt_later', 'Progress',
            'LiveCurve']
 
-# %% ../nbs/06_training.ipynb #b676386f
-import math, signal, time
+# %% ../nbs/06_training.ipynb #d8998558
+import math, signal, sys, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
@@ -266,9 +266,9 @@ class Progress:
         self.bar.update(); self.bar.set_postfix_str(f"loss {learn.history[-1]['loss']:.3f}, {learn.tokens / learn.seconds:,.0f} tokens/s", refresh=False)
     def after_fit(self, learn): self.bar.close()
 
-# %% ../nbs/06_training.ipynb #91b136c7
+# %% ../nbs/06_training.ipynb #cb2a6299
 class LiveCurve:
-    "The training loss, redrawn in place every few seconds in a notebook."
+    "The training loss, redrawn in place every few seconds in a notebook; nothing elsewhere."
     def __init__(self,
         every:float=3., # seconds between drawings
         smooth:int=20, # steps averaged
@@ -286,7 +286,9 @@ class LiveCurve:
     def after_fit(self, learn):
         if learn.history: self.draw(learn)
     def draw(self, learn):
+        self.drawn, ipython = time.monotonic(), sys.modules.get('IPython')
+        if ipython is None or ipython.get_ipython() is None: return           # a script: the progress bar has to do
         from IPython.display import display
-        self.drawn = time.monotonic()
-        if self.handle: self.handle.update(self.figure(learn))
-        else: self.handle = display(self.figure(learn), display_id=True)
+        bundle = self.figure(learn)._repr_mimebundle_()      # its data: a figure shown as such would be added, not replaced
+        if self.handle: self.handle.update(bundle, raw=True)
+        elif bundle: self.handle = display(bundle, raw=True, display_id=True)
