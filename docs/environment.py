@@ -70,7 +70,7 @@ def pip(title, *args):
 
     def show():
         while process.poll() is None:
-            if tty: print('\r\x1b[K%s: %d s%s' % (title, time.time() - start, (', ' + now)[:70]), end='', flush=True)
+            if tty: print('\r\x1b[K%s: %d s%s' % (title, time.time() - start, (', ' + now if now else '')[:70]), end='', flush=True)
             time.sleep(1)
     threading.Thread(target=show, daemon=True).start()
     if not tty: print(title + ' ...', flush=True)
