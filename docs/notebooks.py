@@ -9,7 +9,7 @@
 Without NB, `run` takes the chapters and the task notebooks, the others every notebook. `make notebooks` calls all five in this order.
 Needs nbformat and nbclient; `export` needs nbdev, pictures of figures need kaleido, pillow and a Chromium.
 """
-import argparse, ast, base64, configparser, copy, hashlib, json, os, re, sys, tempfile, time
+import argparse, ast, asyncio, base64, configparser, copy, hashlib, json, os, re, signal, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +108,8 @@ def execute(path, *, profile=None, slow=False, gpu=False, limit=600, cwd=None, s
     end, at = None, 0
     def started(cell, cell_index):
         nonlocal at, end
+        if not end and os.name != 'nt':                                      # Ctrl-C and kill end us; nbclient would only end the kernel
+            for s in (signal.SIGINT, signal.SIGTERM): asyncio.get_running_loop().remove_signal_handler(s)
         at, end = cell_index, end or time.monotonic() + limit                # the clock starts with the first cell, not with the kernel
         show(f'{where}: cell {at + 1} of {len(work.cells)}')
     with tempfile.TemporaryDirectory() as tmp:

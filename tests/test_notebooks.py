@@ -2,7 +2,7 @@
 
 `docs/notebooks.py check` says the same as the first half; `run --profile test` does the same as the second.
 """
-import base64, json, time
+import base64, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pytest
@@ -192,6 +192,36 @@ def test_execute(book):
     ('class Bad:\n    def _repr_html_(self): raise ValueError("no picture")\nBad()', 'no picture'), ('import time\ntime.sleep(600)', 'not done after 4 s'), ('import os\nos._exit(1)', 'kernel died')])
 def test_execute_notices_failures(book, source, said):
     with pytest.raises(tool.NotebookFailed, match=said): execute(book, source, limit=4 if 'sleep' in source else 600)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_and_the_kernel(book, how):
+    nb = tool.read(book)
+    nb.cells[-1].source = f'import os, time\nopen({str(book.with_name("pid"))!r}, "w").write(str(os.getpid()))\ntime.sleep(600)'
+    tool.write(nb, book)
+    process = subprocess.Popen([sys.executable, ROOT/'docs/notebooks.py', 'run', book, book], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: book.with_name('pid').exists() and book.with_name('pid').read_text())
+        process.send_signal(how)
+        assert process.wait(60) != 0
+        kernel = int(book.with_name('pid').read_text())
+        wait_for(lambda: not alive(kernel))
+    finally: process.kill()
+
+
+def wait_for(done, seconds=120):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(.1)
+
+
+def alive(pid):
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    status = Path(f'/proc/{pid}/stat')
+    return not (status.exists() and status.read_text().rsplit(')', 1)[1].split()[0] == 'Z')
 
 
 def test_stored_outputs_are_tidy(book):
