@@ -465,4 +465,6 @@ def main(argv=None):
     return True
 
 
-if __name__ == '__main__': sys.exit(0 if main() else 1)
+if __name__ == '__main__':
+    try: sys.exit(0 if main() else 1)
+    except KeyboardInterrupt: sys.exit(130)

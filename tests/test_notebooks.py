@@ -195,8 +195,8 @@ def test_execute_notices_failures(book, source, said):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
-@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_and_the_kernel(book, how):
+@pytest.mark.parametrize('how, status', [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_the_run_and_the_kernel(book, how, status):
     nb = tool.read(book)
     nb.cells[-1].source = f'import os, time\nopen({str(book.with_name("pid"))!r}, "w").write(str(os.getpid()))\ntime.sleep(600)'
     tool.write(nb, book)
@@ -204,7 +204,7 @@ def test_a_signal_ends_the_run_and_the_kernel(book, how):
     try:
         wait_for(lambda: book.with_name('pid').exists() and book.with_name('pid').read_text())
         process.send_signal(how)
-        assert process.wait(60) != 0
+        assert process.wait(60) == status
         kernel = int(book.with_name('pid').read_text())
         wait_for(lambda: not alive(kernel))
     finally: process.kill()
