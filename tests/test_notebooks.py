@@ -31,8 +31,10 @@ def test_readme_is_the_home_page():
 def test_runs(path, capsys):
     "As a reader runs it: fresh kernel, empty folder. Says which cells it skipped, and when it was slower than it should be."
     budget, start = BUDGET['tasks' if path.parent.name == 'tasks' else 'chapters'], time.monotonic()
-    _, skipped = tool.execute(path, profile='test', gpu=tool.needs_gpu(path) and tool.has_gpu(), limit=4 * budget)
+    nb, skipped = tool.execute(path, profile='test', gpu=tool.needs_gpu(path) and tool.has_gpu(), limit=4 * budget)   # raises where a cell fails
     seconds = time.monotonic() - start
+    assert not [o for _, c in tool.code_cells(nb) for o in c.outputs if o.output_type == 'error']
+    assert len(skipped) <= tool.MAX_SKIPPED
     with capsys.disabled():
         if skipped: print(f"\n{name(path)} skips {', '.join(skipped)}", end='')
         if seconds > budget: print(f'\n{name(path)} took {seconds:.0f} s, it should take {budget} s at most', end='')

@@ -89,8 +89,9 @@ for m in {MODULES!r}:
     heavy = [h for h in {HEAVY!r} if h in sys.modules]
     if heavy: sys.exit(f'lmnotes.{{m}} loads {{heavy}}')
     if 'torch' in sys.modules and sys.modules['torch'].cuda.is_initialized(): sys.exit(f'lmnotes.{{m}} initializes CUDA')
+    print(m)
 '''
-    python(code)
+    assert python(code).split() == MODULES
 
 
 TAG = re.compile(r'</?(a|b|body|br|button|canvas|code|details|div|em|h[1-6]|head|html|i|iframe|img|input|li|link|mark|ol|p|pre|script|small|span|strong|style|sub|summary|sup|svg|table|tbody|td|th|thead|tr|u|ul)(\s[^<>]*)?/?>', re.I)
