@@ -223,7 +223,16 @@ def _arpa(words, tables, names):
         yield from [f'{p:.7g}\t{gram}{w}' for p, gram, w in zip(np.minimum(log10(t.logp), 0), text, weights)]
     yield '\n\\end\\'
 
-# %% ../nbs/02b_ngram.ipynb #073ac422
+# %% ../nbs/02b_ngram.ipynb #82a11906
+def _check(order, smoothing, vocab_size, discount, base):
+    _integer('order', order)
+    known_name(smoothing, SMOOTHINGS, 'smoothing')
+    if vocab_size is not None: _integer('vocab_size', vocab_size)
+    if discount is not None:
+        require(smoothing in ('interpolated', 'kneser_ney'), 'discount', discount, f'None, since {smoothing} does not take one')
+        require(isinstance(discount, (int, float, np.number)) and 0 <= discount <= 1, 'discount', discount, 'a number in [0, 1], or None')
+    require(base is None or base == 'uniform', 'base', base, 'uniform or None')
+
 def _known(model):
     require(hasattr(model, '_fitted'), 'model', model, 'fitted: call fit(ids) first')
     return model._fitted
@@ -250,7 +259,7 @@ def _write_arpa(model, path, words, overwrite):
     with atomic_write(path, 'w') as f: f.writelines(line + '\n' for line in _arpa(*known, names))
     return path
 
-# %% ../nbs/02b_ngram.ipynb #53382929
+# %% ../nbs/02b_ngram.ipynb #09c7ecbf
 class NGramLM:
     "An n-gram model over the ids 0 to V-1. A text is one document or a list of them; at its start the contexts are shorter"
     def __init__(self,
@@ -260,13 +269,7 @@ class NGramLM:
                  discount:float=None, # 0 to 1, for kneser_ney (None: estimated for each length) and interpolated (None: Witten-Bell)
                  base:str='uniform', # what the empty context is mixed with; None means nothing, as in nltk: unseen words get 0
                  ):
-        _integer('order', order)
-        known_name(smoothing, SMOOTHINGS, 'smoothing')
-        if vocab_size is not None: _integer('vocab_size', vocab_size)
-        if discount is not None:
-            require(smoothing in ('interpolated', 'kneser_ney'), 'discount', discount, f'None, since {smoothing} does not take one')
-            require(isinstance(discount, (int, float, np.number)) and 0 <= discount <= 1, 'discount', discount, 'a number in [0, 1], or None')
-        require(base is None or base == 'uniform', 'base', base, 'uniform or None')
+        _check(order, smoothing, vocab_size, discount, base)
         self.order, self.smoothing, self.vocab_size, self.discount, self.base = order, smoothing, vocab_size, discount, base
 
     def fit(self, ids): # (N,) integer ids in [0, V), or a list of documents
@@ -291,8 +294,7 @@ class NGramLM:
 
     def next_probs(self, context=())->np.ndarray: # (V,) probabilities
         "Distribution of the next token. After a context never seen, mle has none and returns zeros"
-        known, h = _known(self), list(context)
-        return _distribution(*known, self.V, h[max(0, len(h) - self.order + 1):])
+        return _distribution(*_known(self), self.V, list(context)[-(self.order - 1):] if self.order > 1 else [])
 
     def sample(self, n:int, # number of tokens, 1 or more
                seed=None, # an integer or a numpy Generator
