@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from .core import require
 
-# %% ../nbs/03b_positions.ipynb #451285ab
+# %% ../nbs/03b_positions.ipynb #9a136da9
 _rope_fields = {'default': [], 'linear': ['factor'], 'dynamic': ['factor', 'original_max_position_embeddings'],
     'llama3': ['factor', 'original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor'],
     'yarn': ['factor', 'original_max_position_embeddings']}
@@ -38,7 +38,7 @@ def _check_scaling(scaling, theta):
     require(f.get('factor', 1) >= 1, 'factor', f.get('factor'), 'at least 1')
     return kind, base, {**may, **f}
 
-def _number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+def _number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
 
 # %% ../nbs/03b_positions.ipynb #7846f50b
 def llama3_ramp(
