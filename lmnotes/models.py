@@ -98,7 +98,7 @@ class Block(nn.Module):
         layer:int=0, # place in the cache
     )->Tensor: # (B,T,D)
         "The stream with both corrections added."
-        x = x + self.dropout(self.attention(self.norm1(x), mask, rotate, cache, layer))
+        x = x + self.dropout(self.attention(self.norm1(x), mask, rotate=rotate, cache=cache, layer=layer, is_causal=mask is None))
         return x + self.dropout(self.ff(self.norm2(x)))
 
 # %% ../nbs/04_models.ipynb #46530efb

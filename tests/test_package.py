@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/'lmnotes'
 FLOORS = [                                    # imports run down, and to the left within a floor
     'safe core cli ngram',
-    'batches data lm attention positions blocks checkpoints',
+    'batches data lm masks attention positions blocks checkpoints',
     'models costs objectives training decoding metrics',
     'hub adapters search regularizers',
     'finetuning prompting',
