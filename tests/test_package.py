@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/'lmnotes'
 FLOORS = [                                    # imports run down, and to the left within a floor
     'safe core cli ngram',
-    'batches data lm masks attention positions blocks checkpoints',
-    'models costs objectives training decoding metrics',
+    'batches data lm masks cache attention positions blocks checkpoints',
+    'costs recurrent models objectives training decoding metrics',
     'hub adapters search regularizers',
     'finetuning prompting',
     'widgets',
