@@ -8,10 +8,11 @@ Each file `tests/bench/bench_NAME.py` has a function `rows()` that yields `Row`s
         yield Row('score', ours=lambda: score(ids), ours_items=len(ids), peer=lambda: nltk_score(ids[:50]), peer_items=50,
                   target=10_000, check=lambda: assert_same_scores(ids[:50]))
         yield Row('import lmnotes', ours=seconds_of_a_fresh_import, limit=.1)
+        yield Row('fit, memory', unit='B', ours=lambda: peak_memory(setup, 'fit(ids)'), peer=lambda: peak_memory(setup, 'nltk_fit(ids)'), target=6)
 
 `ours` and `peer` take no arguments. A call is timed from outside, unless it returns `Seconds(x)`: then that is its time (for
-what must be measured in another process). Where the peer is too slow for the whole input it gets a part, and the
-`..._items` say how much work each call did: times are compared per item. `check` runs once, before any timing, and raises
+what must be measured in another process). With `unit='B'` both return `Bytes(x)`, and what is said of time holds for memory;
+`peak_memory` measures it. Where the peer is too slow for the whole input it gets a part, and the `..._items` say how much work each call did: times are compared per item. `check` runs once, before any timing, and raises
 where the two do not compute the same thing.
 
 Method: one warm-up call each; then pairs (at least seven), the order within a pair swapped each time; a call shorter than 20 ms is
@@ -24,6 +25,7 @@ upper quartile of our times stays below it. The table goes to the screen, everyt
 import argparse, gc, importlib.util, json, os, platform, subprocess, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -40,6 +42,10 @@ class Seconds(float):
     "A time that a call measured itself."
 
 
+class Bytes(Seconds):
+    "Memory that a call measured itself, for a row with unit='B'."
+
+
 @dataclass
 class Row:
     name: str                             # what is timed, as the table shows it
@@ -51,6 +57,7 @@ class Row:
     limit: float | None = None            # the seconds to stay below (without a peer)
     check: Callable | None = None         # raises where ours and peer disagree
     note: str = ''                        # what a reader of the table must know
+    unit: str = 's'                       # s: seconds; B: bytes, which both calls return
 
     def __post_init__(self):
         if (self.peer is None) != (self.target is None) or (self.peer is None) != (self.limit is not None):
@@ -66,6 +73,22 @@ def once(call, repeats=1):
         for _ in range(repeats): result = call()
         return result if isinstance(result, Seconds) else (time.perf_counter() - start) / repeats
     finally: gc.enable()
+
+
+def peak_memory(setup, call):
+    "Bytes that the statement `call` adds at its peak to the memory of a new Python that ran `setup`: the largest resident set minus that before."
+    code = f"""{setup}
+import gc
+def resident(key): return next(int(s.split()[1]) * 1024 for s in open('/proc/self/status') if s.startswith(key))
+gc.collect()
+with open('/proc/self/clear_refs', 'w') as f: f.write('5')          # the peak starts anew
+before = resident('VmRSS')
+{call}
+print(resident('VmHWM') - before)"""
+    if not os.path.exists('/proc/self/clear_refs'): raise Skip('peak memory is read from /proc, which only Linux has')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode: raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return Bytes(done.stdout.split()[-1])
 
 
 def repeats_for(call):
@@ -91,8 +114,11 @@ def measure(row, pairs=MIN_PAIRS):
     for i in range(pairs):
         for side in sorted(sides, reverse=bool(i % 2)):
             call, items = sides[side]
-            times[side].append(once(call, repeats[side]) / items)
-    result = dict(name=row.name, note=row.note, pairs=pairs, target=row.target, limit=row.limit, seconds=times,
+            x = once(call, repeats[side])
+            if isinstance(x, Bytes) != (row.unit == 'B'): raise TypeError(f'{row.name}: {side} returned no {row.unit}')
+            times[side].append(x / items)
+    result = dict(name=row.name, note=row.note, pairs=pairs, target=row.target, limit=row.limit, unit=row.unit,
+                  **{'seconds' if row.unit == 's' else 'bytes': times},
                   **{side: spread(ts) for side, ts in times.items()})
     if row.peer:
         result['ratio'] = spread([p / o for o, p in zip(times['ours'], times['peer'])])
@@ -101,20 +127,23 @@ def measure(row, pairs=MIN_PAIRS):
     return result
 
 
-def short(seconds):
-    for unit, size in (('s', 1), ('ms', 1e-3), ('µs', 1e-6)):
-        if seconds >= size: return f'{seconds / size:.3g} {unit}'
-    return f'{seconds / 1e-9:.3g} ns'
+UNITS = dict(s=(('s', 1), ('ms', 1e-3), ('µs', 1e-6), ('ns', 1e-9)), B=(('GB', 1e9), ('MB', 1e6), ('kB', 1e3), ('B', 1)))
+
+
+def short(x, unit='s'):
+    name, size = next((u for u in UNITS[unit] if x >= u[1]), UNITS[unit][-1])
+    return f'{x / size:.3g} {name}'
 
 
 def line(r):
     "A row of the table."
-    peer, ratio, goal = '', '', f"under {short(r['limit'])}" if r['limit'] else f"{r['target']:,g} times"
+    say = partial(short, unit=r['unit'])
+    peer, ratio, goal = '', '', f"under {say(r['limit'])}" if r['limit'] else f"{r['target']:,g} times"
     if 'ratio' in r:
-        peer = short(r['peer']['median'])
+        peer = say(r['peer']['median'])
         ratio = f"{r['ratio']['median']:,.4g} ({r['ratio']['low']:,.4g} to {r['ratio']['high']:,.4g})"
-    else: ratio = f"({short(r['ours']['low'])} to {short(r['ours']['high'])})"
-    return f"{r['name']:44} {short(r['ours']['median']):>10} {peer:>10}   {ratio:34} {goal:14} {'reached' if r['reached'] else 'MISSED'}"
+    else: ratio = f"({say(r['ours']['low'])} to {say(r['ours']['high'])})"
+    return f"{r['name']:44} {say(r['ours']['median']):>10} {peer:>10}   {ratio:34} {goal:14} {'reached' if r['reached'] else 'MISSED'}"
 
 
 HEAD = f"{'':44} {'ours':>10} {'peer':>10}   {'peer/ours: median (quartiles)':34} {'target':14}"
