@@ -195,25 +195,25 @@ def forward(self:MultiHeadAttention,
     y = _fused(q, k, v, mask, bias, self.scale, is_causal, self.dropout if self.training else 0.)
     return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
-# %% ../nbs/03_attention.ipynb #5a88f1c5
+# %% ../nbs/03_attention.ipynb #09239eed
 @dataclass
 class AttentionCall:
     "One call of the fused kernel, and the weights it used."
     name:str            # the module that called
     kind:str            # self or cross
     weights:Tensor      # (B,H,T,S) of the chosen heads, recomputed, float32 or finer
-    difference:float    # largest difference of the output recomputed from the weights and the fused one; NaN with dropout
+    difference:float    # largest difference of the output these weights give and the fused one; NaN with dropout
 
 class Captured:
     "What `capture_attention` saw: `calls` in order; `captured[name]` is the weights of a module's last call."
     def __init__(self): self.calls = []
-    def names(self)->list[str]: # modules that called, in order
+    def names(self)->list[str]:
+        "The modules that called, in the order of their first call."
         return list(dict.fromkeys(c.name for c in self.calls))
     def __getitem__(self, name:str # a module's name
     )->Tensor: # (B,H,T,S)
-        found = [c for c in self.calls if c.name == name]
-        require(bool(found), 'name', name, f'one of {self.names()}')
-        return found[-1].weights
+        require(name in self.names(), 'name', name, f'one of {self.names()}')
+        return [c.weights for c in self.calls if c.name == name][-1]
     @property
     def difference(self)->float:
         "The largest difference of all calls; NaN where one ran with dropout."
@@ -260,38 +260,50 @@ def _fused_attention(model):
         for m, kind in owns:
             if m.config._attn_implementation != kind: m.set_attn_implementation(kind)
 
-# %% ../nbs/03_attention.ipynb #18d7578c
+# %% ../nbs/03_attention.ipynb #21275ed3
+def _layer(name): return next((int(p) for p in name.split('.') if p.isdigit()), None)      # 3 for encoder.blocks.3.attention
+
+class _Recorder(Captured):
+    "Knows which module runs, and keeps the calls that are wanted."
+    def __init__(self, layers, heads):
+        super().__init__()
+        self.layers, self.heads, self.running, self.callers = layers, heads, [], None
+    def wants(self, name):
+        return self.layers is None or any(_layer(name) == x if isinstance(x, int) else (name + '.').startswith(x + '.') for x in self.layers)
+    def enter(self, name, module, kwargs):
+        self.callers = self.callers or []                              # no longer None: something ran
+        given = any(kwargs.get(k) is not None for k in ('memory', 'key_value_states', 'encoder_hidden_states'))
+        cross = given or any(getattr(module, a, None) is True for a in ('cross', 'is_cross_attention'))
+        self.running.append((name, 'cross' if cross else 'self'))
+    def record(self, out, *args, **kwargs):
+        if not self.running: return
+        name, kind = self.running[-1]
+        self.callers.append(name)
+        if not self.wants(name): return
+        weights, difference = _recompute(out, *args, **kwargs)
+        heads = range(weights.shape[1]) if self.heads is None else self.heads
+        for h in heads: require(0 <= h < weights.shape[1], 'heads', h, f'from 0 to {weights.shape[1] - 1} in {name}')
+        self.calls.append(AttentionCall(name, kind, weights[:, list(heads)], difference))
+
+# %% ../nbs/03_attention.ipynb #b69577c1
 @contextmanager
 def capture_attention(
-    model:nn.Module, # ours or from transformers; it must not be compiled
+    model:nn.Module, # ours or from transformers; not compiled
     layers=None, # which: numbers as in the modules' names, names or their beginnings; None: all
     heads=None, # which: numbers from 0; None: all
 ): # a Captured
-    "Keep the attention weights of every forward inside the block; the model computes as before, by fused attention, and is restored afterwards."
-    require(isinstance(model, nn.Module) and not hasattr(model, '_orig_mod'), 'model', type(model).__name__, 'a module that is not compiled', LmnotesTypeError)
-    seen, stack, hooks, called = Captured(), [], [], []
-    modules = dict(model.named_modules())
-    number = {n: int(found[0]) for n in modules if (found := re.findall(r'(?<![^.])\d+(?![^.])', n))}
-    def chosen(name): return layers is None or any(number.get(name) == x if isinstance(x, int) else (name + '.').startswith(x + '.') for x in layers)
-    for x in layers or (): require(any(number.get(n) == x or n == x for n in modules), 'layers', x, f'a layer number or module name of {type(model).__name__}')
-    def enter(module, args, kwargs, name):
-        sources = ('memory', 'key_value_states', 'encoder_hidden_states')
-        cross = any(kwargs.get(s) is not None for s in sources) or any(getattr(module, a, False) is True for a in ('cross', 'is_cross_attention'))
-        stack.append((name, 'cross' if cross else 'self'))
-    def record(out, *args, **kwargs):
-        if not stack: return
-        name, kind = stack[-1]
-        called.append(name)
-        if not chosen(name): return
-        weights, difference = _recompute(out, *args, **kwargs)
-        for h in heads or (): require(0 <= h < weights.shape[1], 'heads', h, f'from 0 to {weights.shape[1] - 1} in {name}')
-        seen.calls.append(AttentionCall(name, kind, weights if heads is None else weights[:, list(heads)], difference))
+    "Keep the attention weights of every forward inside the block. The model computes by fused attention as before, and is restored afterwards."
+    ok = isinstance(model, nn.Module) and not hasattr(model, '_orig_mod')
+    require(ok, 'model', type(model).__name__, 'a module that is not compiled', LmnotesTypeError)
+    names, kind, hooks, seen = dict(model.named_modules()), type(model).__name__, [], _Recorder(layers, heads)
+    for x in layers or (): require(x in names or x in map(_layer, names), 'layers', x, f'a layer number or module name of {kind}')
     try:
-        for name, m in modules.items():
-            hooks += [m.register_forward_pre_hook(lambda m, a, k, name=name: enter(m, a, k, name), with_kwargs=True),
-                      m.register_forward_hook(lambda *_: stack.pop() and None, always_call=True)]
-        with _fused_attention(model), _Watch(record): yield seen
+        for name, m in names.items():
+            hooks.append(m.register_forward_pre_hook(lambda m, _, kwargs, name=name: seen.enter(name, m, kwargs), with_kwargs=True))
+            hooks.append(m.register_forward_hook(lambda *_: seen.running.pop() and None, always_call=True))
+        with _fused_attention(model), _Watch(seen.record): yield seen
     finally:
         for h in hooks: h.remove()
-    what = f'called inside the block, with attention in layers={layers}' if called else 'one whose attention calls torch.nn.functional.scaled_dot_product_attention'
-    require(bool(seen.calls), 'model', f'{type(model).__name__}, of which nothing was captured', what)
+    require(seen.callers is not None, 'model', kind, 'called inside the block')
+    require(bool(seen.callers), 'model', kind, 'one whose attention calls torch.nn.functional.scaled_dot_product_attention')
+    require(bool(seen.calls), 'layers', layers, f'among the modules that attend: {sorted(set(seen.callers))}')
