@@ -71,6 +71,8 @@ models: $(READY)
 
 experiments: $(READY)
 	@$(BIN)/python nbs/recipes/scratch_control.py
+	@$(BIN)/python nbs/recipes/memory.py
+	@$(BIN)/python nbs/recipes/lengths.py
 
 browser: $(READY)
 	@$(BIN)/python docs/environment.py browser
