@@ -9,7 +9,7 @@ PACKAGE = ROOT/'lmnotes'
 FLOORS = [                                    # imports run down, and to the left within a floor
     'safe core cli ngram',
     'batches data lm masks cache attention positions blocks checkpoints',
-    'costs recurrent models objectives training decoding metrics',
+    'inputs costs recurrent models objectives training decoding metrics',
     'hub adapters search regularizers',
     'finetuning prompting',
     'widgets',
