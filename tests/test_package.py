@@ -14,6 +14,7 @@ FLOORS = [                                    # imports run down, and to the lef
     'finetuning prompting',
     'widgets',
 ]
+LATE = {('models', 'hub')}                     # save_pretrained asks the module above when it is called
 ORDER = ' '.join(FLOORS).split()
 MODULES = [m for m in ORDER if (PACKAGE/f'{m}.py').exists()]
 HEAVY = ['transformers', 'datasets', 'accelerate', 'plotly', 'pandas', 'ipywidgets', 'IPython', 'nltk', 'kenlm', 'datasketch', 'sklearn']
@@ -53,7 +54,7 @@ def test_every_module_has_its_floor():
 
 @pytest.mark.parametrize('module', MODULES)
 def test_imports_run_down(module):
-    up = [m for m in imports(PACKAGE/f'{module}.py') if ORDER.index(m) >= ORDER.index(module)]
+    up = [m for m in imports(PACKAGE/f'{module}.py') if ORDER.index(m) >= ORDER.index(module) and (module, m) not in LATE]
     assert not up, f'lmnotes.{module} may not import {up}'
 
 
