@@ -6,12 +6,12 @@
 __all__ = ['sinusoidal', 'rope_speeds', 'rope_angles', 'apply_rope', 'rope', 'rope_layout', 'llama3_ramp', 'yarn_ramp',
            'yarn_attention_factor', 'alibi_slopes', 'alibi', 'relative_buckets']
 
-# %% ../nbs/03b_positions.ipynb #2ecb4a00
+# %% ../nbs/03b_positions.ipynb #550d6d2c
 import math
 
 import torch
 from torch import Tensor
-from .core import require
+from .core import LmnotesTypeError, require
 
 # %% ../nbs/03b_positions.ipynb #d2d491ae
 def sinusoidal(
@@ -26,7 +26,7 @@ def sinusoidal(
     angles = places[:, None] / 10_000 ** (2 * i / d)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(device, torch.float32)
 
-# %% ../nbs/03b_positions.ipynb #9a136da9
+# %% ../nbs/03b_positions.ipynb #ed6775c0
 _rope_fields = {'default': [], 'linear': ['factor'], 'dynamic': ['factor', 'original_max_position_embeddings'],
     'llama3': ['factor', 'original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor'],
     'yarn': ['factor', 'original_max_position_embeddings']}
@@ -34,9 +34,10 @@ _yarn_options = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=
 
 def _check_scaling(scaling, theta):
     "The kind of scaling, the base and the fields, checked. A field that the kind does not know is refused, for it may change the angles elsewhere."
+    require(scaling is None or isinstance(scaling, dict), 'scaling', scaling, 'None or a dictionary with rope_type and its fields', LmnotesTypeError)
     f = {k: v for k, v in (scaling or {}).items() if v is not None}
     kind = f.pop('rope_type', f.pop('type', 'default'))
-    require(kind in _rope_fields, 'rope_type', kind, 'one of ' + ', '.join(_rope_fields))
+    require(isinstance(kind, str) and kind in _rope_fields, 'rope_type', kind, 'one of ' + ', '.join(_rope_fields))
     base = f.pop('rope_theta', theta)
     require(theta is None or base == theta, 'theta', theta, f'the rope_theta of scaling, {base}, where both are given')
     base = 10_000. if base is None else base
@@ -82,7 +83,7 @@ def rope_speeds(
     sharpen = yarn_attention_factor(factor, f['attention_factor'], f['mscale'], f['mscale_all_dim']) if kind == 'yarn' else 1.
     return speeds, sharpen
 
-# %% ../nbs/03b_positions.ipynb #e848248b
+# %% ../nbs/03b_positions.ipynb #90f8101e
 def rope_angles(
     positions:Tensor, # (T,) or (B,T) place of each token, from 0; whole numbers, or float32 or float64
     width:int, # K, width of a head, even
@@ -90,11 +91,12 @@ def rope_angles(
     scaling:dict|None=None, # as in the configurations of transformers: rope_type and its fields
 )->tuple[Tensor, Tensor]: # cosines and sines, (T,K/2) or (B,1,T,K/2), float32, or float64 for float64 positions
     "Cosines and sines of the angles of equation (3b.5), to be made once and shared by all layers."
+    require(isinstance(positions, Tensor), 'positions', positions, 'a tensor', LmnotesTypeError)
     require(positions.ndim in (1, 2), 'positions', tuple(positions.shape), 'of shape (T,) or (B,T)')
     ok = positions.dtype not in (torch.bool, torch.float16, torch.bfloat16) and not positions.is_complex()
     require(ok, 'positions', positions.dtype, 'whole numbers, float32 or float64: half precision rounds places above 256 or 2048')
     dtype = torch.float64 if positions.dtype == torch.float64 else torch.float32
-    dynamic = scaling is not None and 'dynamic' in (scaling.get('rope_type'), scaling.get('type'))
+    dynamic = isinstance(scaling, dict) and 'dynamic' in (scaling.get('rope_type'), scaling.get('type'))
     length = positions.max() + 1 if dynamic else None
     speeds, factor = rope_speeds(width, theta, scaling, length, positions.device, dtype)
     angles = positions[..., None].to(dtype) * speeds
@@ -113,7 +115,7 @@ def apply_rope(
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
-# %% ../nbs/03b_positions.ipynb #d6876536
+# %% ../nbs/03b_positions.ipynb #b5be165f
 def rope(
     x:Tensor, # (B,H,T,K) queries or keys
     positions:Tensor, # (T,) or (B,T) place of each token, from 0
@@ -121,7 +123,10 @@ def rope(
     scaling:dict|None=None, # as in the configurations of transformers
 )->Tensor: # (B,H,T,K)
     "Rotary position encoding ([Su et al. 2021](https://arxiv.org/abs/2104.09864)) in the half-split layout."
-    return apply_rope(x, *rope_angles(positions, x.shape[-1], theta, scaling))
+    cos, sin = rope_angles(positions, x.shape[-1], theta, scaling)
+    ok = positions.shape[-1] == x.shape[-2] and (positions.ndim == 1 or x.ndim == 4 and len(positions) in (1, len(x)))
+    require(ok, 'positions', tuple(positions.shape), f'a place for each token of x, whose shape is {tuple(x.shape)}: (T,), or (B,T) for an x of 4 dimensions')
+    return apply_rope(x, cos, sin)
 
 # %% ../nbs/03b_positions.ipynb #8cc2352d
 def rope_layout(
@@ -207,7 +212,7 @@ def _distances(T, S, device):
     require(isinstance(T, int) and T >= 1 and isinstance(S, int) and S >= T, 'S', S, f'at least T, which is {T} and must be 1 or more')
     return torch.arange(S, device=device) - torch.arange(S - T, S, device=device)[:, None]
 
-# %% ../nbs/03b_positions.ipynb #f82d06d7
+# %% ../nbs/03b_positions.ipynb #e2beeff6
 def relative_buckets(
     T:int, # number of queries
     S:int|None=None, # number of keys, T by default; the queries are the last T of the S positions
@@ -217,6 +222,7 @@ def relative_buckets(
     device=None, # where to make it
 )->Tensor: # (T,S) whole numbers from 0 to n_buckets - 1
     "T5's number for each distance, equation (3b.9), [Raffel et al. 2020](https://arxiv.org/abs/1910.10683): one each for short distances, then ever wider ones."
+    require(isinstance(n_buckets, int), 'n_buckets', n_buckets, 'a whole number', LmnotesTypeError)
     away = _distances(T, S, device)
     n = n_buckets // 2 if bidirectional else n_buckets
     exact = n // 2
