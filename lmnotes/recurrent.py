@@ -6,12 +6,13 @@
 __all__ = ['CELLS', 'rnn_cell', 'lstm_cell', 'gru_cell', 'unroll', 'RecurrentState', 'read_texts', 'StateLM', 'StateConfig',
            'NNLMConfig', 'RNNLMConfig', 'NNLM', 'RNNLM', 'init_recurrent']
 
-# %% ../nbs/04d_recurrent.ipynb #0489cec6
+# %% ../nbs/04d_recurrent.ipynb #9dc53ff4
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 import torch.nn as nn
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from .core import fresh_dir, known_name, require
@@ -131,7 +132,28 @@ def read_texts(
     some, last = real.any(1), text[:, -1].clamp(min=0)
     return out, tuple(torch.where(some.view(-1, *[1] * (s.ndim - 1)), e[last], s.to(e.dtype)) for s, e in zip(state, end))
 
-# %% ../nbs/04d_recurrent.ipynb #5cca97ff
+# %% ../nbs/04d_recurrent.ipynb #05c49a64
+def _layout(config, ids, mask, places, past):
+    "Positions read before; which tokens are real and where texts begin, or None where all are and none does."
+    require(ids.ndim == 2 and ids.numel() > 0, 'input_ids', tuple(ids.shape), '(B,T) with at least one token')
+    require(past is None or isinstance(past, RecurrentState), 'past_key_values', type(past).__name__, 'a RecurrentState')
+    (B, T), start, c = ids.shape, 0 if past is None else past.get_seq_length(), config
+    low, high = ids.aminmax()
+    require(low >= 0 and high < c.vocab_size, 'input_ids', int(low if low < 0 else high), f'ids from 0 to {c.vocab_size - 1}')
+    rows = B if past is None else len(past.tensors[0])
+    require(rows == B, 'past_key_values', f'a state of {rows} rows', f'of {B} rows, as input_ids')
+    require(c.max_len is None or start + T <= c.max_len, 'input_ids', f'{start} + {T} tokens', f'at most max_len = {c.max_len}')
+    for name, x, S in (('attention_mask', mask, start + T), ('position_ids', places, T)):
+        shape = None if x is None else tuple(x.shape)
+        why = '; there are no positions to choose from: position_ids = 0 tell packed texts apart' if x is mask else ''
+        require(x is None or shape in ((B, S), (1, S)), name, shape, f'{(B, S)}{why}')
+    real = None if mask is None else mask[:, start:].bool().expand(B, T)
+    new = None if places is None else (places == 0).expand(B, T)
+    if (real is None or real.all()) and (new is None or not new[:, past is None:].any()): return start, None, None
+    ones = torch.ones_like(ids, dtype=torch.bool)
+    return start, ones if real is None else real, ~ones if new is None else new
+
+# %% ../nbs/04d_recurrent.ipynb #4aa63a54
 class StateLM(nn.Module):
     "A causal language model that keeps a state of fixed size. Subclasses have config, embed, head, empty_state(B) and read(x, state, lengths)."
     def forward(self,
@@ -143,63 +165,23 @@ class StateLM(nn.Module):
         use_cache:bool=False, # return the state
     )->LMOutput: # hidden states and logits, loss and state where asked for
         "Logits of the next token at every position. Padding may stand anywhere; it neither changes the state nor is scored."
-        start, real, new = self.check(input_ids, attention_mask, position_ids, past_key_values)
+        start, real, new = _layout(self.config, input_ids, attention_mask, position_ids, past_key_values)
         state = self.empty_state(len(input_ids)) if past_key_values is None else past_key_values.tensors
         x = self.dropout(self.embed(input_ids))
         hidden, state = self.read(x, state, None) if real is None else read_texts(self.read, x, state, real, new, use_cache)
-        hidden, loss = self.project(self.dropout(hidden)), None
+        hidden, loss = self.dropout(hidden), None
         if labels is not None:
             targets = causal_targets(dict(input_ids=input_ids, labels=labels, attention_mask=real, position_ids=position_ids))
             loss = linear_cross_entropy(hidden, self.head.weight, targets, self.head.bias)
         cache = RecurrentState(state, start + input_ids.shape[1]) if use_cache else None
         return LMOutput(hidden=hidden, weight=self.head.weight, bias=self.head.bias, loss=loss, past_key_values=cache)
 
-    def check(self, ids, mask, places, past):
-        "Positions read before; which tokens are real and where texts begin, or None where all are and none does."
-        require(ids.ndim == 2 and ids.numel() > 0, 'input_ids', tuple(ids.shape), '(B,T) with at least one token')
-        require(past is None or isinstance(past, RecurrentState), 'past_key_values', type(past).__name__, 'a RecurrentState')
-        (B, T), start, c = ids.shape, 0 if past is None else past.get_seq_length(), self.config
-        low, high = ids.aminmax()
-        require(low >= 0 and high < c.vocab_size, 'input_ids', int(low if low < 0 else high), f'ids from 0 to {c.vocab_size - 1}')
-        rows = B if past is None else len(past.tensors[0])
-        require(rows == B, 'past_key_values', f'a state of {rows} rows', f'of {B} rows, as input_ids')
-        require(c.max_len is None or start + T <= c.max_len, 'input_ids', f'{start} + {T} tokens', f'at most max_len = {c.max_len}')
-        for name, x, S in (('attention_mask', mask, start + T), ('position_ids', places, T)):
-            shape = None if x is None else tuple(x.shape)
-            why = '; there are no positions to choose from: position_ids = 0 tell packed texts apart' if x is mask else ''
-            require(x is None or shape in ((B, S), (1, S)), name, shape, f'{(B, S)}{why}')
-        real = None if mask is None else mask[:, start:].bool().expand(B, T)
-        new = None if places is None else (places == 0).expand(B, T)
-        if (real is None or real.all()) and (new is None or not new[:, past is None:].any()): return start, None, None
-        ones = torch.ones_like(ids, dtype=torch.bool)
-        return start, ones if real is None else real, ~ones if new is None else new
-
-    def project(self, hidden): return hidden
     def get_input_embeddings(self)->nn.Embedding:
         "The table of token vectors, under the name of `transformers`."
         return self.embed
     def get_output_embeddings(self)->nn.Linear:
         "The output matrix, under the name of `transformers`."
         return self.head
-
-    def save_pretrained(self, folder:Path|str # where to; must be empty or not exist
-    ):
-        "Write config.json and model.safetensors. No model of `transformers` has this shape: `from_pretrained` reads them."
-        from safetensors.torch import save_model
-        folder = fresh_dir(folder)
-        save_model(self, str(folder/'model.safetensors'))
-        (folder/'config.json').write_text(json.dumps(dict(model_type=type(self).__name__, **asdict(self.config)), indent=1) + '\n')
-
-    @classmethod
-    def from_pretrained(cls, folder:Path|str # written by save_pretrained
-    )->'StateLM': # in eval mode
-        "The model back, as it was."
-        from safetensors.torch import load_model
-        fields = json.loads((Path(folder)/'config.json').read_text())
-        known_name(fields.pop('model_type'), [cls.__name__], 'model_type')
-        model = cls(**fields)
-        load_model(model, str(Path(folder)/'model.safetensors'))
-        return model.eval()
 
 # %% ../nbs/04d_recurrent.ipynb #534830ff
 @dataclass
@@ -271,7 +253,7 @@ class NNLM(StateLM):
         if lengths is None: return hidden, (x[:, x.shape[1] - n:],)
         return hidden, (x[torch.arange(len(x), device=x.device)[:, None], lengths[:, None] + torch.arange(n, device=x.device)],)
 
-# %% ../nbs/04d_recurrent.ipynb #db1833b6
+# %% ../nbs/04d_recurrent.ipynb #1e114459
 class RNNLM(StateLM):
     "A recurrent language model, equation (4d.4), [Mikolov et al. 2010](https://www.isca-archive.org/interspeech_2010/mikolov10_interspeech.html): plain, LSTM or GRU."
     def __init__(self,
@@ -294,8 +276,6 @@ class RNNLM(StateLM):
         c = self.config
         return tuple(self.embed.weight.new_zeros(B, c.n_layers, c.d_hidden) for _ in range(CELLS[c.cell][2]))
 
-    def project(self, hidden): return hidden if self.down is None else self.down(hidden)
-
     def read(self, x, state, lengths):
         "Through torch's module, whose states have the layers first. Rows of unequal lengths end where they end."
         if self.config.tie: x = x * self.config.d_model**.5
@@ -305,6 +285,7 @@ class RNNLM(StateLM):
         else:
             y, after = self.rnn(pack_padded_sequence(x, lengths.cpu(), True, False), before)
             y = pad_packed_sequence(y, True, total_length=x.shape[1])[0]
+        y = y if self.down is None else self.down(y)
         return y, tuple(s.transpose(0, 1) for s in (after if self.config.cell == 'lstm' else (after,)))
 
 # %% ../nbs/04d_recurrent.ipynb #c2f1a6df
@@ -322,3 +303,26 @@ def init_recurrent(
         else:
             nn.init.zeros_(w)
             if c.cell == 'lstm' and 'bias_ih' in name: w.data[c.d_hidden:2 * c.d_hidden] = c.forget_bias
+
+# %% ../nbs/04d_recurrent.ipynb #9f8dd952
+@patch
+def save_pretrained(self:StateLM,
+    folder:Path|str, # where to; must be empty or not exist
+):
+    "Write config.json and model.safetensors. No model of `transformers` has this shape: `from_pretrained` reads them."
+    from safetensors.torch import save_model
+    folder = fresh_dir(folder)
+    save_model(self, str(folder/'model.safetensors'))
+    config = dict(model_type=type(self).__name__, **asdict(self.config))
+    (folder/'config.json').write_text(json.dumps(config, indent=1) + '\n', encoding='utf-8')
+
+@patch(cls_method=True)
+def from_pretrained(cls:StateLM,
+    folder:Path|str, # written by save_pretrained
+)->StateLM: # in eval mode
+    "The model back, as it was."
+    from safetensors.torch import load_model
+    fields = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
+    known_name(fields.pop('model_type'), [cls.__name__], 'model_type')
+    load_model(model := cls(**fields), str(Path(folder)/'model.safetensors'))
+    return model.eval()
