@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from .core import known_name, require
 
-# %% ../nbs/03c_blocks.ipynb #deb5e83f
+# %% ../nbs/03c_blocks.ipynb #8225d813
 def _check_norm(x, weight, bias, eps):
     "Refuse parameters of another width than x, and an eps below zero."
     want = tuple(x.shape[-1:])
     for name, p in (('weight', weight), ('bias', bias)):
-        require(p is None or tuple(p.shape) == want, name, p if p is None else tuple(p.shape), f'of shape {want}, the last dimension of x')
+        require(p is None or tuple(p.shape) == want, name, None if p is None else tuple(p.shape), f'None or of shape {want}, the last dimension of x')
     require(eps >= 0, 'eps', eps, '0 or more')
 
-# %% ../nbs/03c_blocks.ipynb #95fb7218
+# %% ../nbs/03c_blocks.ipynb #ed232264
 def layer_norm(
     x:Tensor, # (...,D) each vector along the last dimension is normalized by itself
-    weight:Tensor, # (D,) factor on each of the D numbers
+    weight:Tensor|None=None, # (D,) factor on each of the D numbers; None multiplies by nothing
     bias:Tensor|None=None, # (D,) added to each of the D numbers; None adds nothing
     eps:float=1e-5, # added to the variance, under the root
 )->Tensor: # (...,D) in the dtype of x
@@ -32,24 +32,25 @@ def layer_norm(
     _check_norm(x, weight, bias, eps)
     h = x if x.dtype == torch.float64 else x.float()
     h = h - h.mean(-1, keepdim=True)
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    if weight is not None: h = h * weight
     return (h if bias is None else h + bias).to(x.dtype)
 
-# %% ../nbs/03c_blocks.ipynb #4437b95f
+# %% ../nbs/03c_blocks.ipynb #7e66032b
 def rms_norm(
     x:Tensor, # (...,D) each vector along the last dimension is normalized by itself
-    weight:Tensor, # (D,) factor on each of the D numbers
+    weight:Tensor|None=None, # (D,) factor on each of the D numbers; None multiplies by nothing
     eps:float=1e-6, # added to the mean square, under the root
 )->Tensor: # (...,D) in the dtype of x
     "Mean square 1 along the last dimension, equation (3c.3). Statistics in float32, rounded to x's dtype before the weight, as in Llama and T5."
     _check_norm(x, weight, None, eps)
     h = x if x.dtype == torch.float64 else x.float()
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return (weight * h.to(x.dtype)).to(x.dtype)
+    h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return h if weight is None else (weight * h).to(x.dtype)
 
-# %% ../nbs/03c_blocks.ipynb #0d817a5c
+# %% ../nbs/03c_blocks.ipynb #1ca69a94
 class RMSNorm(nn.Module):
-    "`rms_norm` with a learned weight through torch's fused kernel, equal to the last bit in half types too."
+    "`rms_norm` with a learned weight, through torch's fused kernel; in half types, too, equal to the last bit."
     def __init__(self,
         d_model:int, # D, width of the stream
         eps:float=1e-6, # added under the root
@@ -70,12 +71,12 @@ class RMSNorm(nn.Module):
 # %% ../nbs/03c_blocks.ipynb #488226c9
 ACTIVATIONS = dict(relu=F.relu, gelu=F.gelu, gelu_tanh=partial(F.gelu, approximate='tanh'), silu=F.silu)
 
-# %% ../nbs/03c_blocks.ipynb #bd5950c4
+# %% ../nbs/03c_blocks.ipynb #b635925a
 class FeedForward(nn.Module):
-    "Widen, bend, and come back: `down(f(up(x)))`, or gated, `down(f(gate(x)) * up(x))`, at each position by itself."
+    "Widen, bend, come back, at each position by itself: equation (3c.5), or (3c.6) where gated."
     def __init__(self,
         d_model:int, # D, width of the stream
-        d_ff:int, # width inside
+        d_ff:int, # F, width inside
         activation:str='silu', # a name in ACTIVATIONS
         gated:bool=True, # whether a second product opens and closes the units
         bias:bool=False, # whether both layers have one
