@@ -87,8 +87,8 @@ def main(tasks):
         n = 50 if kind == 'n-gram' else 200
         return trained(s, model, learn, lengths=LENGTHS, recall=[round(s.recall(model, k, n), 4) for k in LENGTHS])
 
-    def kjv(kind, seed):
-        model, learn = s.learn_bible(kind, data, len(data.rows) // 8, best('kjv', kind), seed)
+    def kjv(kind, seed, passes=1):
+        model, learn = s.learn_bible(kind, data, passes * (len(data.rows) // 8), best('kjv', kind), seed)
         start = time.perf_counter()
         docs = s.surprisals(model, data, data.test)
         total, n = sum(d.sum() for d in docs), sum(map(len, docs))
@@ -111,14 +111,19 @@ def main(tasks):
     if wanted('tune'):
         for task, kind in itertools.product(('copy', 'kjv'), neural):
             for lr in TRIED[task]: rows.make(lambda: tune(task, kind, lr), task='tune', of=task, model=kind, lr=lr, seed=0)
-    for seed in SEEDS:
-        for name, f in dict(agreement=agreement, copy=copy, kjv=kjv).items():
-            for kind in s.KINDS if wanted(name) else ():
-                if seed and kind == 'n-gram' and name == 'kjv': continue      # nothing in it is random
-                rows.make(lambda: f(kind, seed), task=name, model=kind, seed=seed)
+    def each(name, f, seed):
+        for kind in s.KINDS if wanted(name) else ():
+            if seed and kind == 'n-gram' and name == 'kjv': continue          # nothing in it is random
+            rows.make(lambda: f(kind, seed), task=name, model=kind, seed=seed, **dict(passes=1) if name == 'kjv' else {})
+    for seed in SEEDS: each('agreement', agreement, seed)
+    each('copy', copy, 0)
+    each('kjv', kjv, 0)
+    for seed in SEEDS[1:]: each('copy', copy, seed)
     for kind, length in itertools.product(s.KINDS, (64, 256, 1024, 4096) if wanted('cost') else ()):
         rows.make(lambda: cost(kind, length), task='cost', model=kind, length=length, seed=0)
-
+    for kind in ('NNLM', 'LSTM', 'Transformer') if wanted('kjv') else ():
+        rows.make(lambda: kjv(kind, 0, 4), task='kjv', model=kind, seed=0, passes=4)
+    for seed in SEEDS[1:]: each('kjv', kjv, seed)
 
 if __name__ == '__main__':
     os.environ.setdefault('OMP_NUM_THREADS', '1')
