@@ -550,7 +550,7 @@ def test_captured_weights_are_the_models(family, mode):
         assert torch.equal(out.logits if hasattr(out, 'logits') else out[0], want.logits if hasattr(want, 'logits') else want[0])
         assert seen.difference < 1e-5
         if family == 'ours':
-            assert seen.names() == ['blocks.0.attention', 'blocks.1.attention'] or len(seen.calls) == 2
+            assert len(seen.names()) == len(seen.calls) == 2 and all('attention' in n for n in seen.names())
             return
         model.set_attn_implementation('eager')
         eager = model(**batch, output_attentions=True)

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/'lmnotes'
 FLOORS = [                                    # imports run down, and to the left within a floor
     'safe core cli ngram',
-    'batches data lm masks cache attention positions blocks checkpoints',
+    'batches data lm masks cache capture attention positions blocks checkpoints',
     'inputs costs recurrent models objectives training decoding metrics',
     'hub adapters search regularizers',
     'finetuning prompting',
