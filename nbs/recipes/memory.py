@@ -118,11 +118,12 @@ def main(tasks):
     for seed in SEEDS: each('agreement', agreement, seed)
     each('copy', copy, 0)
     each('kjv', kjv, 0)
-    for seed in SEEDS[1:]: each('copy', copy, seed)
     for kind, length in itertools.product(s.KINDS, (64, 256, 1024, 4096) if wanted('cost') else ()):
         rows.make(lambda: cost(kind, length), task='cost', model=kind, length=length, seed=0)
-    for kind in ('NNLM', 'LSTM', 'Transformer') if wanted('kjv') else ():
+    each('copy', copy, 1)
+    for kind in ('LSTM', 'Transformer', 'NNLM') if wanted('kjv') else ():
         rows.make(lambda: kjv(kind, 0, 4), task='kjv', model=kind, seed=0, passes=4)
+    each('copy', copy, 2)
     for seed in SEEDS[1:]: each('kjv', kjv, seed)
 
 if __name__ == '__main__':
