@@ -87,7 +87,7 @@ def evaluating(model:nn.Module, # any module
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/02_lm.ipynb #603eae19
+# %% ../nbs/02_lm.ipynb #50376c1e
 @lru_cache
 def _parameters(cls):
     ps = inspect.signature(cls.forward).parameters.values()
@@ -100,14 +100,16 @@ def _unwrapped(model):
     inner = getattr(model, 'module', None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) and not hasattr(model, 'config') else model
 
-def _logits(model, batch):
-    "Run `model` on what its forward takes of `batch`, without labels and without a cache"
+def _run(model, batch):
+    "What `model` returns for what its forward takes of `batch`, without labels and without a cache"
     names, more = _parameters(type(_unwrapped(model)))
     take = (names | _inputs if more else names) - {'labels'}
     out = model(**{k: v for k, v in {'use_cache': False, **batch}.items() if k in take})
-    logits = getattr(out, 'logits', None)
-    require(isinstance(logits, Tensor), 'model', type(model).__name__, 'one that returns .logits', LmnotesTypeError)
-    return logits
+    ok = hasattr(out, 'nll') or isinstance(getattr(out, 'logits', None), Tensor)
+    require(ok, 'model', type(model).__name__, 'one that returns .logits', LmnotesTypeError)
+    return out
+
+def _logits(model, batch): return _run(model, batch).logits
 
 def _device(model): return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
 
@@ -148,7 +150,7 @@ def causal_targets(batch:Mapping, # input_ids (B,T); may hold labels, attention_
     if place is not None and place.ndim == 2: targets = targets.masked_fill(place[:, 1:] == 0, -100)
     return F.pad(targets, (0, 1), value=-100)
 
-# %% ../nbs/02_lm.ipynb #91aa9c4f
+# %% ../nbs/02_lm.ipynb #69ea1c14
 def nll(model:nn.Module, # ours or one of transformers
         batch:Mapping, # input_ids (B,T), labels (B,T) and what else the model takes
         ) -> tuple[Tensor, int]: # sum of -ln p over the scored tokens, in nats, with its graph; their number
@@ -159,12 +161,14 @@ def nll(model:nn.Module, # ours or one of transformers
     require(labels is not None or kind == 'causal', 'labels', labels, f'ids: a {kind} model does not predict its input_ids')
     if kind == 'seq2seq' and 'decoder_input_ids' not in batch:
         batch = {**batch, 'decoder_input_ids': _unwrapped(model).prepare_decoder_input_ids_from_labels(labels)}
-    targets, logits = causal_targets(batch) if kind == 'causal' else labels, _logits(model, batch)
-    require(logits.shape[:-1] == targets.shape, 'labels.shape', tuple(targets.shape), f'{tuple(logits.shape[:-1])}, as the logits')
-    n = _count(targets, logits.shape[-1])
+    targets, out = causal_targets(batch) if kind == 'causal' else labels, _run(model, batch)
+    fused = hasattr(out, 'nll')                       # our models score themselves without making all logits, see chapter 04c
+    *shape, V = (*out.hidden.shape[:-1], len(out.weight)) if fused else out.logits.shape
+    require(shape == list(targets.shape), 'labels.shape', tuple(targets.shape), f'{tuple(shape)}, as the logits')
+    n = _count(targets, V)
     require(n > 0, f'number of scored labels in rows 0 to {len(ids) - 1}', n, '1 or more, not all -100 or first of their row')
-    targets = targets.flatten().to(logits.device, torch.long)
-    return F.cross_entropy(_wide(logits).flatten(0, -2), targets, reduction='sum'), n
+    if fused: return out.nll(targets), n
+    return F.cross_entropy(_wide(out.logits).flatten(0, -2), targets.flatten().to(out.logits.device, torch.long), reduction='sum'), n
 
 # %% ../nbs/02_lm.ipynb #b29d9b2d
 def bits_per_byte(total_nll_nats:float, # sum of -ln p over a whole text, nats
