@@ -120,10 +120,11 @@ def main(tasks):
     each('kjv', kjv, 0)
     for kind, length in itertools.product(s.KINDS, (64, 256, 1024, 4096) if wanted('cost') else ()):
         rows.make(lambda: cost(kind, length), task='cost', model=kind, length=length, seed=0)
-    each('copy', copy, 1)
-    for kind in ('LSTM', 'Transformer', 'NNLM') if wanted('kjv') else ():
-        rows.make(lambda: kjv(kind, 0, 4), task='kjv', model=kind, seed=0, passes=4)
-    each('copy', copy, 2)
+    def longer(kind):
+        if wanted('kjv'): rows.make(lambda: kjv(kind, 0, 4), task='kjv', model=kind, seed=0, passes=4)
+    longer('LSTM')
+    for seed in SEEDS[1:]: each('copy', copy, seed)
+    for kind in ('NNLM', 'Transformer'): longer(kind)
     for seed in SEEDS[1:]: each('kjv', kjv, seed)
 
 if __name__ == '__main__':
