@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['strategies', 'apply_temperature', 'apply_top_k', 'apply_top_p', 'check_sampling', 'next_token_probs', 'Greedy',
-           'Sample', 'Generation', 'check_prompt', 'FROM_MODEL', 'end_ids', 'generate']
+           'Sample', 'Generation', 'check_prompt', 'FROM_MODEL', 'end_ids', 'last_logits', 'generate']
 
-# %% ../nbs/10_decoding.ipynb #72934d23
+# %% ../nbs/10_decoding.ipynb #f55bcc43
 import math
 from dataclasses import dataclass
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import LmnotesError, known_name, require
-from .lm import evaluating
+from .lm import evaluating, model_kind
 
 # %% ../nbs/10_decoding.ipynb #bd585e77
 def apply_temperature(
@@ -78,7 +79,7 @@ def next_token_probs(
     if top_p is not None: z = apply_top_p(z, top_p)
     return z.softmax(-1)
 
-# %% ../nbs/10_decoding.ipynb #7b164fe0
+# %% ../nbs/10_decoding.ipynb #910fdf1b
 @dataclass(frozen=True)
 class Greedy:
     "Always the most probable token; among equals the lowest id."
@@ -86,8 +87,10 @@ class Greedy:
         logits:Tensor, # (B,V) of the last position
         generator:torch.Generator|None=None, # not used
     )->Tensor: # (B,) token ids
-        "The largest logit of each row."
-        return next_token_probs(logits, temperature=0).argmax(-1)
+        "The largest logit of each row. LmnotesError names a row that has none."
+        top, token = logits.max(-1)
+        if not top.isfinite().all(): next_token_probs(logits)             # raises, and says which row
+        return token
 
 # %% ../nbs/10_decoding.ipynb #c4e30a7a
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Generation:
     scores:Tensor       # (B,n) natural-log probability of each new token under the model, 0 after the end
     lengths:Tensor      # (B,) new tokens of each row, the end token counted
 
-# %% ../nbs/10_decoding.ipynb #8296ba4f
+# %% ../nbs/10_decoding.ipynb #e169e1e7
 def check_prompt(
     model:nn.Module, # has .config
     input_ids:Tensor, # (B,T)
@@ -123,6 +126,8 @@ def check_prompt(
     "Refuse empty, right-padded, or too long prompts and ids outside the vocabulary, before anything runs."
     require(isinstance(input_ids, Tensor) and input_ids.ndim == 2 and input_ids.numel() > 0, 'input_ids', tuple(getattr(input_ids, 'shape', ())), 'a tensor of shape (B,T) with at least one token; start an empty prompt with the end-of-text id')
     require(isinstance(max_new_tokens, int) and max_new_tokens >= 1, 'max_new_tokens', max_new_tokens, 'a whole number of at least 1')
+    kind = model_kind(model)
+    require(kind == 'causal', 'model', f'{type(model).__name__} ({kind})', 'causal: others do not write from left to right')
     c = model.config
     outside = input_ids[(input_ids < 0) | (input_ids >= c.vocab_size)]
     require(not len(outside), 'input_ids', outside[:8].tolist(), f'ids from 0 to {c.vocab_size - 1}')
@@ -151,8 +156,14 @@ def end_ids(
     require(all(isinstance(i, int) and not isinstance(i, bool) for i in ids), 'eos_id', eos_id, 'a token id, a list of them, or None')
     return [i for i in ids if 0 <= i < model.config.vocab_size]
 
-# %% ../nbs/10_decoding.ipynb #56693031
+# %% ../nbs/10_decoding.ipynb #7ac3fbba
 strategies = {'greedy': Greedy, 'sample': Sample}
+
+def last_logits(out # what a model returned
+)->Tensor: # (B,V)
+    "Logits after the last position. Our models make these alone, not those of the whole prompt."
+    if hasattr(out, 'hidden'): return F.linear(out.hidden[:, -1], out.weight, out.bias)
+    return out.logits[:, -1]
 
 def generate(
     model:nn.Module, # causal; ours or transformers'
@@ -167,22 +178,30 @@ def generate(
     strategy = strategies[known_name(strategy, list(strategies), 'strategy')]() if isinstance(strategy, str) else strategy
     require(callable(getattr(strategy, 'pick', None)) and not isinstance(strategy, type), 'strategy', strategy, f'a strategy such as Greedy(), or one of {list(strategies)}')
     mask = check_prompt(model, input_ids, attention_mask, max_new_tokens)
-    ends = torch.tensor(end_ids(model, eos_id), device=input_ids.device, dtype=torch.long)
-    sequences, cache, scores = input_ids, None, []
-    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    with evaluating(model):
+    B, T = input_ids.shape
+    ends, later = end_ids(model, eos_id), (0, max_new_tokens)
+    fill, stops = ends[0] if ends else 0, torch.tensor(ends, device=input_ids.device, dtype=torch.long)
+    cache = model.new_cache(T + max_new_tokens) if hasattr(model, 'new_cache') else None
+    plain = cache is not None and bool(mask.all())                     # ours knows mask and positions of plain rows
+    with evaluating(model), torch.inference_mode():
+        sequences, mask = F.pad(input_ids, later, value=fill), F.pad(mask.long(), later, value=1)
+        positions, scores = (mask.cumsum(-1) - 1).clamp(min=0), torch.zeros(B, max_new_tokens, device=input_ids.device)
+        alive = torch.ones(B, dtype=torch.bool, device=input_ids.device)
+        lengths = torch.zeros(B, dtype=torch.long, device=input_ids.device)
         for step in range(max_new_tokens):
-            new = sequences if cache is None else sequences[:, -1:]
-            out = model(input_ids=new, attention_mask=mask.long(), position_ids=positions[:, -new.shape[1]:], past_key_values=cache, use_cache=True)
-            cache, logits = out.past_key_values, out.logits[:, -1].float()
+            new = slice(T + step - 1 if step else 0, T + step)
+            where = {} if plain else dict(attention_mask=mask[:, :T + step], position_ids=positions[:, new])
+            out = model(input_ids=sequences[:, new], past_key_values=cache, use_cache=True, **where)
+            cache, logits = out.past_key_values, last_logits(out).float()
             try: token = strategy.pick(logits, generator)
             except LmnotesError as e: raise LmnotesError(f'step {step}: {e}') from e
-            score = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-            token, score = token.masked_fill(done, int(ends[0]) if len(ends) else 0), score.masked_fill(done, 0.)
-            sequences, scores = torch.cat([sequences, token[:, None]], 1), scores + [score.where(~done, torch.nan)]
-            mask, positions = torch.cat([mask, ~done[:, None]], 1), torch.cat([positions, positions[:, -1:] + 1], 1)
-            done = done | torch.isin(token, ends)
-            if done.all(): break
-    scores = torch.stack(scores, 1)
-    return Generation(sequences, scores.nan_to_num(0.), (~scores.isnan()).sum(1))
+            score = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+            if not ends: sequences[:, T + step], scores[:, step] = token, score
+            else:                                                      # rows that have ended keep their filling
+                sequences[:, T + step], scores[:, step] = token.where(alive, fill), score.where(alive, 0.)
+                lengths += alive
+                alive &= ~torch.isin(token, stops)
+                if not alive.any(): break
+    n = step + 1
+    lengths = lengths if ends else lengths + n
+    return Generation(sequences[:, :T + n].clone(), scores[:, :n].clone(), lengths.clone())

@@ -248,7 +248,7 @@ def forward(self:Stack,
         x = block(x, memory, memory_mask, cache, i, bias=bias, rotate=turn, **reading)
     return self.dropout_out(self.norm(x))
 
-# %% ../nbs/04_models.ipynb #90b257b8
+# %% ../nbs/04_models.ipynb #de4bd271
 class HeadTransform(nn.Module):
     "One more layer before the head: BERT's dense layer with activation and norm (lm), or its pooler with tanh."
     def __init__(self, config:TransformerConfig # shape of the model
@@ -283,6 +283,10 @@ class Transformer(nn.Module):
     def get_output_embeddings(self)->nn.Linear|None:
         "The output matrix, under `transformers`' name; the same weights where tied."
         return self.head if self.config.head == 'lm' else None
+    def new_cache(self, max_len:int # positions to set memory aside for
+    )->KVCache:
+        "An empty cache for decoding."
+        return KVCache(max_len)
 
 # %% ../nbs/04_models.ipynb #ca4b8e6b
 @patch
