@@ -57,7 +57,7 @@ def _room(hidden, weight, bias, want, *_):
     shapes = [x.shape if ok else (0,) for x, ok in zip((hidden, weight, bias), want)]
     return *(hidden.new_zeros(s, dtype=t) for s, t in zip([(), *shapes], (sums, hidden.dtype, sums, sums))),
 
-# %% ../nbs/04c_costs.ipynb #b3973884
+# %% ../nbs/04c_costs.ipynb #a0fafa98
 class _LinearNLL(torch.autograd.Function):
     "The sum, with gradients that were made on the way forward and are handed out, not copied, on the way back"
     @staticmethod
@@ -68,9 +68,13 @@ class _LinearNLL(torch.autograd.Function):
         return total,
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        tensors, want = ctx.saved_tensors, ctx.rest[1]
+        tensors, (dtype, want, _) = ctx.saved_tensors, ctx.rest
+        if torch.is_grad_enabled():                                    # create_graph=True: a second derivative needs all logits
+            h, w, b, y = tensors
+            z = F.linear(h.to(dtype), w.to(dtype), None if b is None else b.to(dtype)).to(torch.promote_types(h.dtype, torch.float32))
+            found = iter(torch.autograd.grad(F.cross_entropy(z, y, reduction='sum') * g, [x for x, ok in zip(tensors, want) if ok], create_graph=True))
+            return *(next(found) if ok else None for ok in want), *[None] * 4
         grads, ctx.grads = ctx.grads, None
         if grads is None: _, *grads = _nll_and_gradients(*tensors, *ctx.rest)    # backward a second time
         return *(d.mul_(g).to(x.dtype) if ok else None for x, d, ok in zip(tensors, grads, want)), *[None] * 4
@@ -132,7 +136,7 @@ def linear_cross_entropy(hidden:Tensor, # (...,D) what the output matrix reads
     total, *_ = run(h, weight, bias, y, dtype, want, rows or few)
     return total if reduction == 'sum' else total / (labels != -100).sum()
 
-# %% ../nbs/04c_costs.ipynb #ab01171c
+# %% ../nbs/04c_costs.ipynb #ae7529bf
 @dataclass
 class LMOutput:
     "What a model returns. `logits` are made at the first look, and kept: a loss does not need them."
@@ -167,6 +171,8 @@ class LMOutput:
         "Sum of -ln p over the scored targets, without holding all logits."
         require(self.weight is not None, 'head', None, 'set in the configuration of a model that is scored')
         return linear_cross_entropy(self.hidden, self.weight, targets, self.bias, 'sum')
+
+    def __getstate__(self): return {**vars(self), '_made_with': None}      # copies count changes anew
 
     def __getitem__(self, key:str|int # a name, or a place among loss, logits, cache and encoder states, those that are there
     ):
