@@ -37,7 +37,7 @@ def activation_name(name:str # theirs
     require(name in _activations, 'activation', name, f'one of {list(_activations)}')
     return _activations[name]
 
-# %% ../nbs/04a_families.ipynb #019bc4a9
+# %% ../nbs/04a_families.ipynb #b35a3689
 def _llama_names(c):
     out = [('embed', ['model.embed_tokens'], ''), ('decoder.norm', ['model.norm'], ''), ('head', ['lm_head' if c.head == 'lm' else 'score'], '')]
     for i in range(c.n_layers):
@@ -66,7 +66,7 @@ def _llama_write(c, more=()):
     L = range(c.n_layers)
     near = [i for i in L if c.window and (c.window_layers is None or i in c.window_layers)]
     out = dict(rope_parameters=dict(rope_theta=c.rope_theta, **(c.rope_scaling or dict(rope_type='default'))), head_dim=c.head_width,
-               num_key_value_heads=c.n_kv_heads or c.n_heads, hidden_act=c.activation.replace('gelu_tanh', 'gelu_new'))
+               hidden_act=c.activation.replace('gelu_tanh', 'gelu_new'))
     if 'bias' in more: out |= dict(attention_bias=c.bias, mlp_bias=c.bias if c.ff_bias is None else c.ff_bias)
     if 'qk_norm' in more: out |= dict(attention_bias=c.bias)
     if 'rope_layers' in more: out |= dict(no_rope_layers=[int(c.rope_layers is None or i in c.rope_layers) for i in L])
@@ -184,7 +184,7 @@ FAMILIES = dict(llama=_kin('Llama', {'bias'}), mistral=_kin('Mistral', {'window'
                 qwen3=_kin('Qwen3', {'qk_norm', 'layers'}, qk_norm=True), smollm3=_kin('SmolLM3', {'bias', 'rope_layers', 'layers'}),
                 gpt2=_gpt2, bert=_bert, t5=_t5, bart=_bart)
 
-# %% ../nbs/04a_families.ipynb #f2638b1b
+# %% ../nbs/04a_families.ipynb #8b61306c
 _ids = dict(bos_id='bos_token_id', eos_id='eos_token_id', pad_id='pad_token_id')
 
 def family_of(config # transformers' configuration
@@ -217,8 +217,9 @@ def config_to_hf(
     family:str, # a key of FAMILIES
 )->dict: # settings for transformers' configuration of that family
     "Our configuration in their terms. What they cannot say is left out: to_hf notices by reading it back."
-    f = FAMILIES[family]
-    out = {theirs: getattr(config, ours) for ours, theirs in (f.fields | _ids | dict(vocab_size='vocab_size')).items()}
+    f, default = FAMILIES[family], dict(embed_dropout=config.dropout, n_decoder_layers=config.n_layers, n_kv_heads=config.n_heads)
+    given = lambda ours: default.get(ours) if (value := getattr(config, ours)) is None else value
+    out = {theirs: given(ours) for ours, theirs in (f.fields | _ids | dict(vocab_size='vocab_size')).items()}
     if isinstance(config.eos_id, tuple): out['eos_token_id'] = list(config.eos_id)
     if config.head in ('classification', 'tagging'): out['num_labels'] = config.n_labels
     return dict(model_type=family) | out | f.write(config)
