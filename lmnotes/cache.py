@@ -12,78 +12,75 @@ from torch import Tensor
 
 from .core import LmnotesError, require
 
-# %% ../nbs/03d_cache.ipynb #b524905a
+# %% ../nbs/03d_cache.ipynb #fb2695d9
 class KVCache:
-    "Keys and values of the positions read so far, one pair of (B,G,S,K) tensors a layer; made once per layer for a memory, in `cross`."
+    "Keys and values of the positions read so far, (B,G,S,K) each, a pair a layer; in `cross` those of a memory."
     def __init__(self,
         max_len:int|None=None, # positions to set memory aside for; None: grow by copying, which keeps gradients
     ):
-        require(max_len is None or isinstance(max_len, int) and max_len >= 1, 'max_len', max_len, 'None or a whole number of 1 or more')
+        ok = max_len is None or isinstance(max_len, int) and max_len >= 1
+        require(ok, 'max_len', max_len, 'None or a whole number of 1 or more')
         self.max_len, self.layers, self.lengths, self.cross = max_len, [], [], {}
 
     def update(self,
         k:Tensor, # (B,G,T,K) keys of the new positions
         v:Tensor, # (B,G,T,K) values of the new positions
         layer:int, # which layer they belong to, from 0; a new layer comes right after the last
-    )->tuple[Tensor, Tensor]: # keys and values of all positions, (B,G,S,K); views that the next call may change
-        "Append new positions and return everything. Refuses more than max_len positions, and other rows than it holds."
+    )->tuple[Tensor, Tensor]: # keys and values of all positions, (B,G,S,K); with max_len, views of the memory
+        "Append new positions and return everything. LmnotesError for more than max_len positions, or other rows."
         if not 0 <= layer < len(self.layers): self._add_layer(k, v, layer)
         keys, values = self.layers[layer]
         start, T = self.lengths[layer], k.shape[2]
-        end = self.lengths[layer] = start + T
+        end = start + T
         if self.max_len is None:
-            self.layers[layer] = keys, values = (k, v) if not start else (torch.cat([keys, k], 2), torch.cat([values, v], 2))
-            return keys, values
-        if end > self.max_len or k.shape[0] != keys.shape[0] or k.requires_grad and torch.is_grad_enabled(): self._refuse(k, layer, start)
+            if start: k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+            self.layers[layer], self.lengths[layer] = (k, v), end
+            return k, v
+        if end > self.max_len or k.shape[0] != keys.shape[0] or k.requires_grad and torch.is_grad_enabled():
+            self._refuse(k, layer)
         keys.narrow(2, start, T).copy_(k)
         values.narrow(2, start, T).copy_(v)
+        self.lengths[layer] = end
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def get_seq_length(self)->int:
         "Number of positions held."
         return self.lengths[0] if self.lengths else 0
 
-    def crop(self, max_length:int # positions to keep; negative: how many of the last to drop
-    ):
-        "Forget all positions from `max_length` on."
-        n = self.get_seq_length()
-        require(-n <= max_length, 'max_length', max_length, f'at least -{n}, for {n} positions are held')
-        keep = max_length if max_length >= 0 else n + max_length
-        self.lengths = [min(keep, n) for n in self.lengths]
-        if self.max_len is None: self.layers = [(k[:, :, :keep], v[:, :, :keep]) for k, v in self.layers]
-
-# %% ../nbs/03d_cache.ipynb #3b9a31a8
+# %% ../nbs/03d_cache.ipynb #c08afd73
 @patch
 def _add_layer(self:KVCache, k, v, layer):
+    "Room for a new layer, empty."
     require(layer == len(self.layers), 'layer', layer, f'from 0 to {len(self.layers)}, the number of layers held')
-    room = self.max_len or 0
-    self.layers.append(tuple(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (k, v)))
+    self.layers.append(tuple(x.new_empty(*x.shape[:2], self.max_len or 0, x.shape[3]) for x in (k, v)))
     self.lengths.append(0)
 
 @patch
-def _refuse(self:KVCache, k, layer, held):
-    self.lengths[layer] = held
-    require(held + k.shape[2] <= self.max_len, 'k', f'{k.shape[2]} positions after {held}', f'at most max_len = {self.max_len} in all')
-    require(k.shape[0] == len(self.layers[layer][0]), 'k', tuple(k.shape), f'of {len(self.layers[layer][0])} rows, as the cache holds')
-    raise LmnotesError('k needs a gradient, but must not in a cache with max_len: use torch.no_grad(), or KVCache() which grows')
+def _refuse(self:KVCache, k, layer):
+    "Say what is wrong with new positions."
+    held, rows = self.lengths[layer], len(self.layers[layer][0])
+    allowed = f'at most max_len = {self.max_len} in all'
+    require(held + k.shape[2] <= self.max_len, 'k', f'{k.shape[2]} positions after {held}', allowed)
+    require(len(k) == rows, 'k', tuple(k.shape), f'of {rows} rows, as the cache holds')
+    raise LmnotesError('k needs a gradient, but must not in a cache with max_len: use torch.no_grad(), or KVCache()')
+
+# %% ../nbs/03d_cache.ipynb #baa6a614
+@patch
+def crop(self:KVCache, max_length:int # positions to keep; negative: how many of the last to drop
+):
+    "Forget all positions from `max_length` on."
+    n = self.get_seq_length()
+    require(max_length >= -n, 'max_length', max_length, f'at least {-n}, for {n} positions are held')
+    keep = max_length if max_length >= 0 else n + max_length
+    self.lengths = [min(keep, n) for n in self.lengths]
+    if self.max_len is None: self.layers = [(k[:, :, :keep], v[:, :, :keep]) for k, v in self.layers]
 
 @patch
-def _pick_rows(self:KVCache, pick):
-    "Put pick(x) in the place of every tensor held."
-    for i, (pair, n) in enumerate(zip(self.layers, self.lengths)):
-        new = [pick(x[:, :, :n]) for x in pair]
-        if self.max_len is not None:
-            room = [x if len(x) == len(y) else x.new_empty(len(y), *x.shape[1:]) for x, y in zip(pair, new)]
-            for x, y in zip(room, new): x[:, :, :n] = y
-            new = room
-        self.layers[i] = tuple(new)
-    self.cross = {i: tuple(map(pick, pair)) for i, pair in self.cross.items()}
-
-@patch
-def reorder_cache(self:KVCache, rows:Tensor # (B,) for each new row, the old row it continues; rows may repeat or be missing
+def reorder_cache(self:KVCache, rows:Tensor # (B,) for each new row, the old row it continues; they may repeat
 ):
     "Rearrange the rows of the batch, as beam search does between steps."
-    require(rows.ndim == 1 and not rows.is_floating_point(), 'rows', rows, 'a tensor of row numbers of shape (B,)')
+    ok = rows.ndim == 1 and not rows.is_floating_point()
+    require(ok, 'rows', rows, 'a tensor of row numbers of shape (B,)')
     self._pick_rows(lambda x: x.index_select(0, rows.to(x.device)))
 
 @patch
@@ -92,3 +89,15 @@ def batch_repeat_interleave(self:KVCache, n:int # copies of each row
     "Put `n` copies of each row one after another: (B,...) becomes (B*n,...)."
     require(n >= 1, 'n', n, '1 or more')
     self._pick_rows(lambda x: x.repeat_interleave(n, 0))
+
+@patch
+def _pick_rows(self:KVCache, pick):
+    "Put pick(x) in the place of every tensor held, what is filled of it."
+    for i, (pair, n) in enumerate(zip(self.layers, self.lengths)):
+        new = [pick(x[:, :, :n]) for x in pair]
+        if self.max_len is not None:                                       # back into memory set aside
+            room = [x if len(x) == len(y) else x.new_empty(len(y), *x.shape[1:]) for x, y in zip(pair, new)]
+            for x, y in zip(room, new): x[:, :, :n] = y
+            new = room
+        self.layers[i] = tuple(new)
+    self.cross = {i: tuple(map(pick, pair)) for i, pair in self.cross.items()}
