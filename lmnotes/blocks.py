@@ -13,22 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from .core import known_name, require
 
-# %% ../nbs/03c_blocks.ipynb #8225d813
+# %% ../nbs/03c_blocks.ipynb #a4c66536
 def _check_norm(x, weight, bias, eps):
     "Refuse parameters of another width than x, and an eps below zero."
     want = tuple(x.shape[-1:])
     for name, p in (('weight', weight), ('bias', bias)):
-        require(p is None or tuple(p.shape) == want, name, None if p is None else tuple(p.shape), f'None or of shape {want}, the last dimension of x')
+        require(p is None or tuple(p.shape) == want, name, None if p is None else tuple(p.shape),
+                f'None or of shape {want}, the last dimension of x')
     require(eps >= 0, 'eps', eps, '0 or more')
 
-# %% ../nbs/03c_blocks.ipynb #ed232264
+# %% ../nbs/03c_blocks.ipynb #2a360311
 def layer_norm(
     x:Tensor, # (...,D) each vector along the last dimension is normalized by itself
     weight:Tensor|None=None, # (D,) factor on each of the D numbers; None multiplies by nothing
     bias:Tensor|None=None, # (D,) added to each of the D numbers; None adds nothing
     eps:float=1e-5, # added to the variance, under the root
 )->Tensor: # (...,D) in the dtype of x
-    "Mean 0 and variance 1 along the last dimension, equation (3c.2). Half types are computed in float32 and rounded once, as `nn.LayerNorm` does."
+    """Mean 0 and variance 1 along the last dimension, equation (3c.2).
+    Half types are computed in float32 and rounded once, as `nn.LayerNorm` does."""
     _check_norm(x, weight, bias, eps)
     h = x if x.dtype == torch.float64 else x.float()
     h = h - h.mean(-1, keepdim=True)
@@ -36,19 +38,20 @@ def layer_norm(
     if weight is not None: h = h * weight
     return (h if bias is None else h + bias).to(x.dtype)
 
-# %% ../nbs/03c_blocks.ipynb #7e66032b
+# %% ../nbs/03c_blocks.ipynb #e889e9f4
 def rms_norm(
     x:Tensor, # (...,D) each vector along the last dimension is normalized by itself
     weight:Tensor|None=None, # (D,) factor on each of the D numbers; None multiplies by nothing
     eps:float=1e-6, # added to the mean square, under the root
 )->Tensor: # (...,D) in the dtype of x
-    "Mean square 1 along the last dimension, equation (3c.3). Statistics in float32, rounded to x's dtype before the weight, as in Llama and T5."
+    """Mean square 1 along the last dimension, equation (3c.3).
+    Half types: statistics in float32, rounded before the weight, as in Llama and T5."""
     _check_norm(x, weight, None, eps)
     h = x if x.dtype == torch.float64 else x.float()
     h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return h if weight is None else (weight * h).to(x.dtype)
 
-# %% ../nbs/03c_blocks.ipynb #1ca69a94
+# %% ../nbs/03c_blocks.ipynb #55001030
 class RMSNorm(nn.Module):
     "`rms_norm` with a learned weight, through torch's fused kernel; in half types, too, equal to the last bit."
     def __init__(self,
@@ -63,8 +66,9 @@ class RMSNorm(nn.Module):
     def forward(self, x:Tensor # (...,D)
     )->Tensor: # (...,D) in the dtype of x
         w = self.weight
-        if x.dtype == w.dtype and x.dtype in (torch.float32, torch.float64): return F.rms_norm(x, w.shape, w, self.eps)
-        return (F.rms_norm(x, w.shape, None, self.eps) * w).to(x.dtype)   # rounded before the weight, as the reference does
+        if x.dtype == w.dtype and x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, w.shape, w, self.eps)
+        return (F.rms_norm(x, w.shape, None, self.eps) * w).to(x.dtype)   # rounds before the weight
 
     def extra_repr(self): return f'{len(self.weight)}, eps={self.eps}'
 
