@@ -636,3 +636,20 @@ def test_what_cannot_be_captured_is_refused_by_name():
     with torch.no_grad(), capture_attention(ours) as seen: ours(ids)
     with pytest.raises(LmnotesError, match='blocks.1.attention|decoder'): seen['nothing']
     with pytest.raises(LmnotesError, match='layers.*blocks.1.attention'), capture_attention(ours, layers=['embed']): ours(ids)
+
+
+@pytest.mark.parametrize('max_len', [None, 9])
+def test_autocast(max_len):
+    "Mixed precision mixes dtypes of queries, values, masks and biases; outputs stay near those of float32, cached and not."
+    torch.manual_seed(0)
+    mha, x, bias = MultiHeadAttention(32, 4, 2, qk_norm=1e-6), torch.randn(2, 7, 32), torch.randn(1, 4, 7, 7)
+    real, (cos, sin) = padding_mask(torch.tensor([7, 3]), 7), rope_angles(torch.arange(7)[None], 8)
+    def run(t, cache=None):
+        return mha(x[:, t], real[..., :t.stop], bias[:, :, t, :t.stop], lambda u: apply_rope(u, cos[..., t, :], sin[..., t, :]), cache, is_causal=True)
+    with torch.no_grad():
+        want = run(slice(0, 7))
+        with torch.autocast('cpu', torch.bfloat16):
+            cache = KVCache(max_len)
+            for y in (run(slice(0, 7)), torch.cat([run(slice(t, t + 1), cache) for t in range(7)], 1)):
+                assert y.dtype == torch.bfloat16
+                assert_close(y.float(), want, atol=2e-2, rtol=2e-2)
