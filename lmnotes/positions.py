@@ -115,7 +115,7 @@ def apply_rope(
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
-# %% ../nbs/03b_positions.ipynb #b5be165f
+# %% ../nbs/03b_positions.ipynb #afec38d0
 def rope(
     x:Tensor, # (B,H,T,K) queries or keys
     positions:Tensor, # (T,) or (B,T) place of each token, from 0
@@ -124,7 +124,7 @@ def rope(
 )->Tensor: # (B,H,T,K)
     "Rotary position encoding ([Su et al. 2021](https://arxiv.org/abs/2104.09864)) in the half-split layout."
     cos, sin = rope_angles(positions, x.shape[-1], theta, scaling)
-    ok = positions.shape[-1] == x.shape[-2] and (positions.ndim == 1 or x.ndim == 4 and len(positions) in (1, len(x)))
+    ok = x.ndim >= 2 and positions.shape[-1] == x.shape[-2] and (positions.ndim == 1 or x.ndim == 4 and len(positions) in (1, len(x)))
     require(ok, 'positions', tuple(positions.shape), f'a place for each token of x, whose shape is {tuple(x.shape)}: (T,), or (B,T) for an x of 4 dimensions')
     return apply_rope(x, cos, sin)
 

@@ -53,14 +53,13 @@ def rescaled(model, fields):
     out.load_state_dict(model.state_dict())
     return out
 
-def run(name, seed, steps, rows, held_out):
+def run(name, seed, steps, rows, held_out, commit):
     began = time.perf_counter()
     learn = train(name, seed, steps, rows)
     bits = {name: by_place(learn.model, held_out)}
     if name == 'rotary': bits |= {f'rotary, {kind}': by_place(rescaled(learn.model, s), held_out) for kind, s in RESCALED.items()}
     d = learn.device
-    device = torch.cuda.get_device_name(d) if d.type == 'cuda' else f'{d.type}, {torch.get_num_threads()} threads, {platform.machine()}'
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    device = torch.cuda.get_device_name(d) if d.type == 'cuda' else f'{d.type}, {(n := torch.get_num_threads())} thread{"s"[:n - 1]}, {platform.machine()}'
     return dict(encoding=name, seed=seed, bits_per_byte=bits, train_seconds=round(learn.seconds, 1), seconds=round(time.perf_counter() - began, 1), bytes_trained=learn.tokens,
                 precision=str(learn.dtype), device=device, torch=torch.__version__, commit=commit, date=str(datetime.date.today()))
 
@@ -70,12 +69,13 @@ def main(out, steps, seeds):
     stored = json.loads(out.read_text()) if out.exists() else dict(settings=settings, runs=[])
     if stored['settings'] != settings: raise SystemExit(f'{out} holds runs of other settings: move it away first')
     done = {(r['encoding'], r['seed']) for r in stored['runs']}
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     rows, held_out = pieces('train', LENGTH), pieces('test', LENGTH * TIMES)
     held_out = held_out[torch.linspace(0, len(held_out) - 1, PIECES).long()]
     for seed in range(seeds):
         for name in ENCODINGS:
             if (name, seed) in done: continue
-            stored['runs'].append(row := run(name, seed, steps, rows, held_out))
+            stored['runs'].append(row := run(name, seed, steps, rows, held_out, commit))
             with atomic_write(out, 'w') as f: f.write(json.dumps(stored, indent=1) + '\n')
             print(name, seed, f"{row['seconds']:.0f} s", {k: (v[3], v[7], v[-1]) for k, v in row['bits_per_byte'].items()}, flush=True)
     print(f'{out.name}: {len(stored["runs"])} runs of {", ".join(ENCODINGS)}')
