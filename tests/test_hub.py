@@ -10,7 +10,6 @@ import transformers
 from torch.testing import assert_close
 
 from lmnotes.families import FAMILIES, family_of, tensor_pairs, to_theirs
-from lmnotes.core import LmnotesError
 from lmnotes.hub import from_hf, load_model, to_hf
 from lmnotes.lm import model_kind
 
