@@ -332,6 +332,20 @@ def test_module_is_the_formula(G, R, T, causal, bias, seed):
             assert_close(mha(x, mask, b, is_causal=causal), want, atol=1e-10, rtol=1e-8)
 
 
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_cross_attention_is_the_formula(groups):
+    "With normalized queries and keys, whose gains differ, biases, a scale and a padded memory."
+    torch.manual_seed(0)
+    mha = MultiHeadAttention(16, 4, groups, bias=True, cross=True, qk_norm=1e-5, scale=.6).double()
+    for p in (mha.q_norm.weight, mha.k_norm.weight): nn.init.uniform_(p, .5, 2)
+    x, memory, real = torch.randn(2, 5, 16, dtype=torch.float64), torch.randn(2, 7, 16, dtype=torch.float64), padding_mask(torch.tensor([7, 3]), 7)
+    def split(y): return y.unflatten(-1, (-1, 4)).transpose(1, 2)
+    def normed(y, norm): return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    k, v = mha.kv(memory).chunk(2, -1)
+    want = attention(normed(split(mha.q(x)), mha.q_norm), normed(split(k), mha.k_norm), split(v), real, scale=.6)[0]
+    assert_close(mha(x, real, memory=memory), mha.out(want.transpose(1, 2).flatten(2)), atol=1e-10, rtol=1e-8)
+
+
 # ---- the cache
 
 @quick
