@@ -184,7 +184,7 @@ FAMILIES = dict(llama=_kin('Llama', {'bias'}), mistral=_kin('Mistral', {'window'
                 qwen3=_kin('Qwen3', {'qk_norm', 'layers'}, qk_norm=True), smollm3=_kin('SmolLM3', {'bias', 'rope_layers', 'layers'}),
                 gpt2=_gpt2, bert=_bert, t5=_t5, bart=_bart)
 
-# %% ../nbs/04a_families.ipynb #8b61306c
+# %% ../nbs/04a_families.ipynb #24753496
 _ids = dict(bos_id='bos_token_id', eos_id='eos_token_id', pad_id='pad_token_id')
 
 def family_of(config # transformers' configuration
@@ -202,7 +202,7 @@ def config_from_hf(
     if isinstance(config, dict):
         known_name(config.get('model_type'), list(FAMILIES), 'family for our Transformer, model_type')
         config = AutoConfig.for_model(**config)
-    family, missing = family_of(config), object()
+    family = family_of(config)
     for name, value in family.demands.items():
         found = getattr(config, name, value)
         require(found == value, name, found, f'{value!r} for our Transformer')

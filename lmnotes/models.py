@@ -179,7 +179,7 @@ def causal_reading(
     else: rule = causal_mask(T, S, device)
     return dict(mask=rule if mask is None else rule & mask)
 
-# %% ../nbs/04_models.ipynb #01560eae
+# %% ../nbs/04_models.ipynb #408793bf
 class Stack(nn.Module):
     "An encoder or a decoder: embeddings in, hidden states out."
     def __init__(self,
@@ -199,54 +199,55 @@ class Stack(nn.Module):
         self.dropout_in = nn.Dropout(c.dropout if c.embed_dropout is None else c.embed_dropout)
         self.dropout_out = nn.Dropout(c.final_dropout)
 
-    def place(self, x, position_ids, token_type_ids):
-        "Embeddings (B,T,D) with what is added to them: position and segment."
-        c = self.config
-        if c.embed_scale != 1: x = x * c.embed_scale
-        if c.n_segments: x = x + (self.segments.weight[0] if token_type_ids is None else self.segments(token_type_ids))
-        if c.positions == 'learned': x = x + self.positions(position_ids + c.position_offset)
-        if c.positions == 'sinusoidal': x = x + self.sinusoids[position_ids].to(x.dtype)
-        return self.dropout_in(self.embed_norm(x))
+    def forward(self,
+        x:Tensor, # (B,T,D) embeddings of the new tokens
+        attention_mask:Tensor|None=None, # (B,S) or (B,1,T,S); S counts the cached positions too
+        position_ids:Tensor|None=None, # (B,T); on from the cached positions by default
+        token_type_ids:Tensor|None=None, # (B,T)
+        cache:KVCache|None=None, # read and extended
+        memory:Tensor|None=None, # (B,S,D) an encoder's output
+        memory_mask:Tensor|None=None, # (B,1,1,S) which of it is real
+        name:str='attention_mask', # what the caller calls the mask
+    )->Tensor: # (B,T,D)
+        "Hidden states after the last norm."
+        c, T, start = self.config, x.shape[1], 0 if cache is None else cache.get_seq_length()
+        S = start + T
+        require(c.max_len is None or S <= c.max_len, 'input_ids', f'{start} + {T} tokens', f'at most max_len = {c.max_len}')
+        mask = read_mask(attention_mask, T, S, name)
+        if position_ids is None: position_ids = torch.arange(start, S, device=x.device)
+        bias, rotate = self.relate(T, S, position_ids)
+        full = causal_reading(mask, T, S, None, bias is not None, x.device) if self.causal else dict(mask=mask)
+        near = causal_reading(mask, T, S, c.window, bias is not None, x.device) if c.window else full
+        x = self.place(x, position_ids, token_type_ids)
+        for i, block in enumerate(self.blocks):
+            turn = rotate if c.rope_layers is None or i in c.rope_layers else None
+            reading = near if c.window_layers is None or i in c.window_layers else full
+            x = block(x, memory, memory_mask, cache, i, bias=bias, rotate=turn, **reading)
+        return self.dropout_out(self.norm(x))
 
-    def relate(self, T, S, position_ids):
-        "What tells queries and keys their distance: a bias (1,H,T,S) on the scores, and a function that turns them."
-        c, bias, rotate = self.config, None, None
-        if c.positions == 'alibi': bias = alibi(c.n_heads, T, S, device=position_ids.device)
-        if c.positions == 'relative':
-            buckets = relative_buckets(T, S, c.n_buckets, c.max_distance, not self.causal, device=position_ids.device)
-            bias = self.relative(buckets).permute(2, 0, 1)[None]
-        if c.positions == 'rotary':
-            cos, sin = rope_angles(position_ids, c.head_width, c.rope_theta, c.rope_scaling)
-            rotate = lambda t: apply_rope(t, cos, sin)
-        return bias, rotate
-
-# %% ../nbs/04_models.ipynb #3d210d25
+# %% ../nbs/04_models.ipynb #3a255f90
 @patch
-def forward(self:Stack,
-    x:Tensor, # (B,T,D) embeddings of the new tokens
-    attention_mask:Tensor|None=None, # (B,S) or (B,1,T,S); S counts the cached positions too
-    position_ids:Tensor|None=None, # (B,T); on from the cached positions by default
-    token_type_ids:Tensor|None=None, # (B,T)
-    cache:KVCache|None=None, # read and extended
-    memory:Tensor|None=None, # (B,S,D) an encoder's output
-    memory_mask:Tensor|None=None, # (B,1,1,S) which of it is real
-    name:str='attention_mask', # what the caller calls the mask
-)->Tensor: # (B,T,D)
-    "Hidden states after the last norm."
-    c, T, start = self.config, x.shape[1], 0 if cache is None else cache.get_seq_length()
-    S = start + T
-    require(c.max_len is None or S <= c.max_len, 'input_ids', f'{start} + {T} tokens', f'at most max_len = {c.max_len}')
-    mask = read_mask(attention_mask, T, S, name)
-    if position_ids is None: position_ids = torch.arange(start, S, device=x.device)
-    bias, rotate = self.relate(T, S, position_ids)
-    full = causal_reading(mask, T, S, None, bias is not None, x.device) if self.causal else dict(mask=mask)
-    near = causal_reading(mask, T, S, c.window, bias is not None, x.device) if c.window else full
-    x = self.place(x, position_ids, token_type_ids)
-    for i, block in enumerate(self.blocks):
-        turn = rotate if c.rope_layers is None or i in c.rope_layers else None
-        reading = near if c.window_layers is None or i in c.window_layers else full
-        x = block(x, memory, memory_mask, cache, i, bias=bias, rotate=turn, **reading)
-    return self.dropout_out(self.norm(x))
+def place(self:Stack, x, position_ids, token_type_ids):
+    "Embeddings (B,T,D) with what is added to them: position and segment."
+    c = self.config
+    if c.embed_scale != 1: x = x * c.embed_scale
+    if c.n_segments: x = x + (self.segments.weight[0] if token_type_ids is None else self.segments(token_type_ids))
+    if c.positions == 'learned': x = x + self.positions(position_ids + c.position_offset)
+    if c.positions == 'sinusoidal': x = x + self.sinusoids[position_ids].to(x.dtype)
+    return self.dropout_in(self.embed_norm(x))
+
+@patch
+def relate(self:Stack, T, S, position_ids):
+    "What tells queries and keys their distance: a bias (1,H,T,S) on the scores, and a function that turns them."
+    c, bias, rotate = self.config, None, None
+    if c.positions == 'alibi': bias = alibi(c.n_heads, T, S, device=position_ids.device)
+    if c.positions == 'relative':
+        buckets = relative_buckets(T, S, c.n_buckets, c.max_distance, not self.causal, device=position_ids.device)
+        bias = self.relative(buckets).permute(2, 0, 1)[None]
+    if c.positions == 'rotary':
+        cos, sin = rope_angles(position_ids, c.head_width, c.rope_theta, c.rope_scaling)
+        rotate = lambda t: apply_rope(t, cos, sin)
+    return bias, rotate
 
 # %% ../nbs/04_models.ipynb #de4bd271
 class HeadTransform(nn.Module):

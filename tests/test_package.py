@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/'lmnotes'
 FLOORS = [                                    # imports run down, and to the left within a floor
     'safe core cli ngram',
-    'batches data lm masks cache capture attention positions blocks checkpoints',
-    'inputs costs recurrent models objectives training decoding metrics',
+    'batches data lm masks cache capture blocks attention positions checkpoints',
+    'inputs loss costs recurrent models families objectives training decoding metrics',
     'hub adapters search regularizers',
     'finetuning prompting',
     'widgets',
