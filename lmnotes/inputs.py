@@ -18,119 +18,131 @@ from .core import require
 from .lm import _unwrapped, causal_targets, evaluating, model_kind
 from .masks import causal_mask, segment_mask
 
-# %% ../nbs/04e_inputs.ipynb #cb87557e
+# %% ../nbs/04e_inputs.ipynb #07951920
 def _shifts(model):
     "Whether labels are moved one place: in a causal model, unless its head classifies or tags"
     model = _unwrapped(model)
-    tags = type(model).__name__.endswith(('Classification', 'Answering', 'Choice'))
-    return getattr(getattr(model, 'config', None), 'head', 'lm') == 'lm' and not tags and model_kind(model) == 'causal'
+    other = type(model).__name__.endswith(('Classification', 'Answering', 'Choice'))
+    return not other and getattr(_config(model), 'head', 'lm') == 'lm' and model_kind(model) == 'causal'
+
+def _config(model): return getattr(model, 'config', None)
 
 def _with_positions(batch):
     "The batch with position_ids, where its segments or its mask give them"
     segments, mask = batch.get('segment_ids'), batch.get('attention_mask')
     if batch.get('position_ids') is not None: return dict(batch)
-    if segments is not None:                                         # count anew where the number of the document changes
+    if segments is not None:                                         # count anew where the text changes
         at = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
         new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
         return {**batch, 'position_ids': at - at.where(new, 0).cummax(1).values}
     if mask is None or mask.ndim != 2: return dict(batch)
-    return {**batch, 'position_ids': (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -batch['input_ids'].shape[1]:]}
+    places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {**batch, 'position_ids': places[:, -batch['input_ids'].shape[1]:]}
 
-# %% ../nbs/04e_inputs.ipynb #5ad3fa86
+# %% ../nbs/04e_inputs.ipynb #fce32c08
 def n_scored(model:nn.Module, # ours or one of transformers
-             batch:Mapping, # input_ids (B,T), labels, and attention_mask, position_ids, segment_ids where there are any
+             batch:Mapping, # input_ids (B,T), labels; attention_mask, position_ids, segment_ids where there are any
              )->int: # 0 or more
-    "How many tokens the loss of a batch is over: labels that are not -100, in a causal model after the shift (a text's first token is not scored)."
-    if _shifts(model): labels = causal_targets(_with_positions(batch))
-    else: labels = batch.get('labels')
+    """How many tokens the loss of a batch is over: labels that are not -100, in a causal model after the shift, without
+    the first token of each text."""
+    labels = causal_targets(_with_positions(batch)) if _shifts(model) else batch.get('labels')
     require(isinstance(labels, Tensor), 'labels', labels, f'ids, for a {type(_unwrapped(model)).__name__}')
     return int((labels != -100).sum())
 
-# %% ../nbs/04e_inputs.ipynb #bf16b540
-_tried = WeakKeyDictionary()
-
+# %% ../nbs/04e_inputs.ipynb #7a77890d
 def _forward_names(model):
     model = model.get_base_model() if hasattr(model, 'get_base_model') else model      # inside peft
     return set(inspect.signature(type(model).forward).parameters)
 
 def _as_taken(model, mask):
-    "A boolean mask (B,1,T,S) in the form that a model's forward reads: additive in transformers' models, perm_mask in XLNet"
-    if not hasattr(getattr(model, 'config', None), 'model_type'): return dict(attention_mask=mask)
+    "A boolean mask (B,1,T,S) as a model's forward reads it: additive in transformers' models, perm_mask in XLNet"
+    if not hasattr(_config(model), 'model_type'): return dict(attention_mask=mask)
     dtype = next(model.parameters()).dtype
     if 'perm_mask' in _forward_names(model): return dict(attention_mask=None, perm_mask=(~mask[:, 0]).to(dtype))
-    least = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).min     # finite under autocast, too
+    least = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).min     # finite in autocast, too
     return dict(attention_mask=torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, least))
 
+_tried = WeakKeyDictionary()
+
 def _takes(model):
-    """What can be given to a model, tried once on a row of two short texts: `mask`, a 4-D mask; `packs`, the second text then reads as it
-    does alone; `left`, padding before it; `shift`, what its position ids start from, None if it takes none"""
-    key = getattr(getattr(model, 'config', None), '_attn_implementation', None)
-    if (found := _tried.get(model, {})).get('key', model) == key: return found
-    weight, kind = model.get_input_embeddings().weight, model_kind(model)
-    V, device, pad = len(weight), weight.device, getattr(model.config, 'pad_token_id', None)
-    a, other, b = (torch.arange(n, device=device).add(V // 2 + start)[None] % V for n, start in ((3, 0), (3, -5), (4, 3)))
-    at, near = torch.arange(4, device=device)[None], 1e-4 if weight.dtype in (torch.float32, torch.float64) else .03
+    "What a model can be given: the answers of `_try`, kept until its implementation of attention changes"
+    key = getattr(_config(model), '_attn_implementation', None)
+    if _tried.get(model, {}).get('key', model) != key: _tried[model] = dict(_try(model), key=key)
+    return _tried[model]
+
+def _try(model):
+    """A row of two short texts. `mask`: a 4-D mask is heard; `packs`: the second text then reads as it does alone;
+    `left`: so it does after padding; `shift`: what position ids start from, None if there are none"""
+    require(hasattr(model, 'get_input_embeddings'), 'model', type(model).__name__, 'one with get_input_embeddings()')
+    weight, kind, pad = model.get_input_embeddings().weight, model_kind(model), getattr(_config(model), 'pad_token_id', None)
+    V, device, near = len(weight), weight.device, 1e-4 if weight.dtype.itemsize >= 4 else .03
+    def text(start, n): return (torch.arange(start, start + n, device=device) + V // 2)[None] % V
+    a, other, b, at = text(0, 3), text(-5, 3), text(3, 4), torch.arange(4, device=device)[None]
     more = dict(decoder_input_ids=b) if kind == 'seq2seq' else {}
     def run(*ids, **kwargs):
         try:
             with evaluating(model): return model(input_ids=torch.cat(ids, 1), **kwargs, **more).logits[0, -4:].double()
         except Exception: return torch.tensor(torch.nan)             # whatever it says: it cannot take this
-    def same(x, y, near): return bool((x - y).abs().max() < near * alone.abs().max())
+    def same(x, y, near=near): return bool((x - y).abs().max() < near * alone.abs().max())
     alone, own = run(b), 'position_ids' in _forward_names(model)
-    shift = next((s for s in (0, (pad or 0) + 1) if own and same(run(b, position_ids=at + s), alone, near)), None)
+    shift = next((s for s in (0, (pad or 0) + 1) if own and same(run(b, position_ids=at + s), alone)), None)
     both = segment_mask(torch.tensor([[1] * 3 + [2] * 4], device=device))
     given = _as_taken(model, both & causal_mask(7, device=device) if kind == 'causal' else both)
     if shift is not None: given['position_ids'] = torch.cat([at[:, :3], at], 1) + shift
-    packed, padding = run(a, b, **given), torch.tensor([[0] * 3 + [1] * 4], device=device)
-    _tried[model] = dict(key=key, shift=shift, mask=same(packed, run(other, b, **given), near / 10), packs=same(packed, alone, near),
-                         left=same(run(a, b, attention_mask=padding), alone, near))
-    return _tried[model]
+    packed, padded = run(a, b, **given), run(a, b, attention_mask=torch.tensor([[0] * 3 + [1] * 4], device=device))
+    heard = same(packed, run(other, b, **given), near / 10)
+    return dict(mask=heard, packs=heard and same(packed, alone), left=same(padded, alone), shift=shift)
 
-# %% ../nbs/04e_inputs.ipynb #72c11d16
+# %% ../nbs/04e_inputs.ipynb #98636be6
 def _check_mask(batch):
     ids, mask = batch.get('input_ids'), batch.get('attention_mask')
     require(isinstance(ids, Tensor) and ids.ndim == 2, 'batch', list(batch), 'a dictionary with input_ids, a (B,T) tensor')
     if mask is None: return
-    B, T = ids.shape
-    ok = mask.ndim == 2 and len(mask) == B or mask.ndim == 4 and mask.shape[0] in (1, B) and mask.shape[1] == 1 and mask.shape[2] in (1, T)
-    require(ok, 'attention_mask.shape', tuple(mask.shape), f'({B},S) or ({B},1,{T},S)')
-    require(mask.ndim == 2 or mask.dtype == torch.bool, 'attention_mask.dtype', mask.dtype, 'torch.bool where it has four dimensions, True = may attend')
+    (B, T), shape = ids.shape, mask.shape
+    ok = len(shape) == 2 and shape[0] == B or len(shape) == 4 and shape[0] in (1, B) and shape[1] == 1 and shape[2] in (1, T)
+    require(ok, 'attention_mask.shape', tuple(shape), f'({B},S) or ({B},1,{T},S)')
+    require(mask.ndim == 2 or mask.dtype == torch.bool, 'attention_mask.dtype', mask.dtype,
+            'torch.bool where it has four dimensions, True = may attend')
 
 def _read_by_mask(model, name, mask, T):
     "The caller's mask and the model's own rule, in the form the model reads"
     require(_takes(model)['mask'], 'model', name, 'one that heeds a mask (B,1,T,S)')
-    c = getattr(model, 'config', None)
-    slides = hasattr(c, 'model_type') and getattr(c, 'use_sliding_window', True) and set(getattr(c, 'layer_types', None) or ['']) != {'full_attention'}
-    window = getattr(c, 'sliding_window', None) if slides else None
+    c = _config(model)
+    slides = set(getattr(c, 'layer_types', None) or ['']) != {'full_attention'} and getattr(c, 'use_sliding_window', True)
+    window = getattr(c, 'sliding_window', None) if slides and hasattr(c, 'model_type') else None
     require(T <= (window or T), 'length', T, f'at most {window}, the window of {name}, which a mask (B,1,T,S) would replace')
-    return _as_taken(model, mask & causal_mask(T, mask.shape[-1], mask.device) if model_kind(model) == 'causal' else mask)
+    if model_kind(model) == 'causal': mask = mask & causal_mask(T, mask.shape[-1], mask.device)
+    return _as_taken(model, mask)
 
 def _place(model, name, batch, places):
     "Position ids as the model counts them; nothing where it takes none and does as well without"
-    real, at = batch.get('attention_mask'), torch.arange(places.shape[1], device=places.device)
-    real = real[:, -len(at):].bool() if real is not None and real.ndim == 2 else torch.ones_like(places, dtype=torch.bool)
-    if not hasattr(getattr(model, 'config', None), 'model_type') and 'position_ids' in _forward_names(model): return dict(position_ids=places)
-    if (places == at).masked_fill(~real, True).all() and 'position_ids' not in _forward_names(model): return {}
+    named, mask, at = 'position_ids' in _forward_names(model), batch.get('attention_mask'), torch.arange(places.shape[1])
+    if named and not hasattr(_config(model), 'model_type'): return dict(position_ids=places)
+    real = mask[:, -len(at):].bool() if mask is not None and mask.ndim == 2 else torch.ones_like(places, dtype=torch.bool)
+    if not named and ((places == at.to(places.device)) | ~real).all(): return {}
     if (shift := _takes(model)['shift']) is not None: return dict(position_ids=places + shift)
     require(_takes(model)['left'] and not real.all(), 'position_ids', places, f'0, 1, 2, … in each row: {name} takes none')
     return {}
 
-# %% ../nbs/04e_inputs.ipynb #2bf40c11
+# %% ../nbs/04e_inputs.ipynb #40a37a07
 def model_inputs(model:nn.Module, # ours or one of transformers
-                 batch:Mapping, # input_ids (B,T) and any of labels, attention_mask (B,S) or (B,1,T,S), position_ids, segment_ids, …
+                 batch:Mapping, # input_ids (B,T) and any of labels, attention_mask, position_ids, segment_ids, …
                  )->dict: # what to call the model with
-    """A batch in the form that this model takes: masks of four dimensions, causal ones in a causal model; positions from mask or segments;
-    labels without each text's first token. Keys that its forward does not have are left out. LmnotesError names a model that would read it wrong."""
+    """A batch in the form that this model takes: masks of four dimensions, causal ones in a causal model; positions from mask
+    or segments; labels without each text's first token. Keys that its forward does not have are left out. LmnotesError
+    names a model that would read the batch wrong."""
     _check_mask(batch)
     model, batch = _unwrapped(model), _with_positions(batch)
-    name = f'{type(model).__name__} with {getattr(getattr(model, "config", None), "_attn_implementation", "its own")} attention'
-    if _shifts(model) and batch.get('labels') is not None: batch['labels'] = F.pad(causal_targets(batch), (1, 0), value=-100)[:, :-1]
+    name = f'{type(model).__name__} with {getattr(_config(model), "_attn_implementation", "its own")} attention'
+    if _shifts(model) and batch.get('labels') is not None:
+        batch['labels'] = F.pad(causal_targets(batch), (1, 0), value=-100)[:, :-1]
     segments, mask, places = batch.pop('segment_ids', None), batch.get('attention_mask'), batch.pop('position_ids', None)
     if segments is not None:
         require(_takes(model)['packs'], 'model', name, 'one that can keep packed texts apart: give each a row of its own')
         if mask is not None and mask.ndim == 2: segments = segments.masked_fill(~mask.bool(), 0)
         mask = segment_mask(segments) & (mask if mask is not None and mask.ndim == 4 else True)
-    if places is not None and (segments is None or _takes(model)['shift'] is not None): batch |= _place(model, name, batch, places)
+    if places is not None and (segments is None or _takes(model)['shift'] is not None):
+        batch |= _place(model, name, batch, places)
     B, T = batch['input_ids'].shape
     if mask is not None and mask.ndim == 4: batch |= _read_by_mask(model, name, mask.expand(B, 1, T, -1), T)
     if mask is not None and mask.ndim == 2: batch['attention_mask'] = mask.long()       # XLNet subtracts
