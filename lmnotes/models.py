@@ -106,7 +106,7 @@ def head_width(self:TransformerConfig)->int:
     "K, the width of a head."
     return self.d_head or self.d_model // self.n_heads
 
-# %% ../nbs/04_models.ipynb #3c98c823
+# %% ../nbs/04_models.ipynb #b0d17da4
 def make_norm(config:TransformerConfig # says which
 )->nn.Module: # over vectors of width D
     "The normalization layer of a configuration."
@@ -131,8 +131,9 @@ class Block(nn.Module):
 
     def correct(self, x, norm, sublayer, **kwargs):
         "The stream with a sublayer's correction: equation (4.1) or (4.2)."
-        if self.norm_first: return x + self.dropout(sublayer(norm(x), **kwargs))
-        return norm(x + self.dropout(sublayer(x, **kwargs)))
+        y = sublayer(norm(x) if self.norm_first else x, **kwargs)
+        if self.training: y = self.dropout(y)
+        return x + y if self.norm_first else norm(x + y)
 
     def forward(self,
         x:Tensor, # (B,T,D)
@@ -179,7 +180,7 @@ def causal_reading(
     else: rule = causal_mask(T, S, device)
     return dict(mask=rule if mask is None else rule & mask)
 
-# %% ../nbs/04_models.ipynb #408793bf
+# %% ../nbs/04_models.ipynb #741c99fe
 class Stack(nn.Module):
     "An encoder or a decoder: embeddings in, hidden states out."
     def __init__(self,
@@ -223,9 +224,10 @@ class Stack(nn.Module):
             turn = rotate if c.rope_layers is None or i in c.rope_layers else None
             reading = near if c.window_layers is None or i in c.window_layers else full
             x = block(x, memory, memory_mask, cache, i, bias=bias, rotate=turn, **reading)
-        return self.dropout_out(self.norm(x))
+        x = self.norm(x)
+        return self.dropout_out(x) if self.training else x
 
-# %% ../nbs/04_models.ipynb #3a255f90
+# %% ../nbs/04_models.ipynb #4e0f1b32
 @patch
 def place(self:Stack, x, position_ids, token_type_ids):
     "Embeddings (B,T,D) with what is added to them: position and segment."
@@ -234,7 +236,8 @@ def place(self:Stack, x, position_ids, token_type_ids):
     if c.n_segments: x = x + (self.segments.weight[0] if token_type_ids is None else self.segments(token_type_ids))
     if c.positions == 'learned': x = x + self.positions(position_ids + c.position_offset)
     if c.positions == 'sinusoidal': x = x + self.sinusoids[position_ids].to(x.dtype)
-    return self.dropout_in(self.embed_norm(x))
+    x = self.embed_norm(x)
+    return self.dropout_in(x) if self.training else x
 
 @patch
 def relate(self:Stack, T, S, position_ids):
