@@ -13,40 +13,46 @@ import torch
 from torch import Tensor
 from .core import LmnotesTypeError, require
 
-# %% ../nbs/03b_positions.ipynb #d2d491ae
+# %% ../nbs/03b_positions.ipynb #8a74f01c
 def sinusoidal(
     T:int, # number of positions
     d:int, # D, width of the vectors, even
     device=None, # where to put them; they are made on the CPU in float64
 )->Tensor: # (T,D) float32
-    "The fixed waves of [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762), equation (3b.2): sine in the even columns, cosine in the odd ones."
+    "The waves of (3b.2), [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762); cosines in the odd columns."
     require(isinstance(T, int) and T >= 1, 'T', T, 'a whole number of at least 1')
     require(isinstance(d, int) and d >= 2 and d % 2 == 0, 'd', d, 'an even number of at least 2')
     places, i = (torch.arange(n, dtype=torch.float64, device='cpu') for n in (T, d // 2))
     angles = places[:, None] / 10_000 ** (2 * i / d)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(device, torch.float32)
 
-# %% ../nbs/03b_positions.ipynb #ed6775c0
-_rope_fields = {'default': [], 'linear': ['factor'], 'dynamic': ['factor', 'original_max_position_embeddings'],
-    'llama3': ['factor', 'original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor'],
-    'yarn': ['factor', 'original_max_position_embeddings']}
-_yarn_options = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=None, mscale_all_dim=None)
+# %% ../nbs/03b_positions.ipynb #82ebc913
+#| code-fold: true
+_length = ['factor', 'original_max_position_embeddings']
+_rope_fields = {'default': [], 'linear': ['factor'], 'dynamic': _length, 'yarn': _length,
+                'llama3': [*_length, 'low_freq_factor', 'high_freq_factor']}
+_yarn_options = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=None,
+                     mscale_all_dim=None)
 
 def _check_scaling(scaling, theta):
-    "The kind of scaling, the base and the fields, checked. A field that the kind does not know is refused, for it may change the angles elsewhere."
-    require(scaling is None or isinstance(scaling, dict), 'scaling', scaling, 'None or a dictionary with rope_type and its fields', LmnotesTypeError)
+    "Kind, base and fields, checked. A field unknown to the kind might change the angles: it is refused."
+    require(scaling is None or isinstance(scaling, dict), 'scaling', scaling,
+            'None or a dictionary with rope_type and its fields', LmnotesTypeError)
     f = {k: v for k, v in (scaling or {}).items() if v is not None}
     kind = f.pop('rope_type', f.pop('type', 'default'))
-    require(isinstance(kind, str) and kind in _rope_fields, 'rope_type', kind, 'one of ' + ', '.join(_rope_fields))
+    known = isinstance(kind, str) and kind in _rope_fields
+    require(known, 'rope_type', kind, 'one of ' + ', '.join(_rope_fields))
     base = f.pop('rope_theta', theta)
-    require(theta is None or base == theta, 'theta', theta, f'the rope_theta of scaling, {base}, where both are given')
+    require(theta is None or base == theta, 'theta', theta, f'the rope_theta of scaling, {base}')
     base = 10_000. if base is None else base
     require(_number(base) and base > 0, 'theta', base, 'a positive number')
-    require(f.pop('partial_rotary_factor', 1) == 1, 'partial_rotary_factor', (scaling or {}).get('partial_rotary_factor'), '1: every pair turns')
+    part = f.pop('partial_rotary_factor', 1)
+    require(part == 1, 'partial_rotary_factor', part, '1: every pair turns')
     need, may = _rope_fields[kind], _yarn_options if kind == 'yarn' else {}
     missing, unknown = [n for n in need if n not in f], [n for n in f if n not in need and n not in may]
     require(not missing, f'scaling of type {kind}', scaling, 'with ' + ', '.join(missing))
-    require(not unknown, f'scaling of type {kind}', scaling, f'without {", ".join(unknown)}: it takes {", ".join([*need, *may]) or "no fields"}')
+    require(not unknown, f'scaling of type {kind}', scaling,
+            f'without {", ".join(unknown)}: it takes {", ".join([*need, *may]) or "no fields"}')
     for name, value in f.items():
         if name != 'truncate': require(_number(value) and value > 0, name, value, 'a positive number')
     require(f.get('factor', 1) >= 1, 'factor', f.get('factor'), 'at least 1')
@@ -54,7 +60,7 @@ def _check_scaling(scaling, theta):
 
 def _number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
 
-# %% ../nbs/03b_positions.ipynb #0c5e7fc6
+# %% ../nbs/03b_positions.ipynb #35770c33
 def rope_speeds(
     width:int, # K, width of a head, even
     theta:float|None=None, # base of the wavelengths; by default the rope_theta of scaling, else 10,000
@@ -63,13 +69,16 @@ def rope_speeds(
     device=None, # where to make them
     dtype:torch.dtype=torch.float32, # float32 or float64
 )->tuple[Tensor, float]: # (K/2,) radians a token, and the factor on cosines and sines
-    "Angle by which each pair turns from one token to the next, equation (3b.5), after scaling. A type or a field it does not know is refused by name."
-    require(isinstance(width, int) and width >= 2 and width % 2 == 0, 'width', width, 'an even number of at least 2')
+    """Angle by which each pair turns from one token to the next, equation (3b.5), after scaling.
+    A type or a field that it does not know is refused by name"""
+    ok = isinstance(width, int) and width >= 2 and width % 2 == 0
+    require(ok, 'width', width, 'an even number of at least 2')
     kind, theta, f = _check_scaling(scaling, theta)
     factor, original = f.get('factor'), f.get('original_max_position_embeddings')
     if kind == 'dynamic':
         require(width > 2, 'width', width, 'above 2 with dynamic scaling')
-        length = torch.as_tensor(original if length is None else length, device=device).clamp(min=original).to(dtype)
+        length = torch.as_tensor(original if length is None else length, device=device)
+        length = length.clamp(min=original).to(dtype)
         theta = theta * (factor * length / original - (factor - 1)) ** (width / (width - 2))
     periods = theta ** (torch.arange(0, width, 2, device=device, dtype=dtype) / width)
     speeds = 1 / periods
@@ -77,24 +86,24 @@ def rope_speeds(
     if kind == 'llama3':
         keep = llama3_ramp(speeds, original, f['low_freq_factor'], f['high_freq_factor'])
         speeds = (1 - keep) * speeds / factor + keep * speeds
-    if kind == 'yarn':                                         # the same mixture, rounded as transformers rounds it
+    if kind == 'yarn':                            # the same mixture, rounded as transformers rounds it
         keep = yarn_ramp(speeds, theta, original, f['beta_fast'], f['beta_slow'], f['truncate'])
         speeds = 1 / (factor * periods) * (1 - keep) + speeds * keep
-    sharpen = yarn_attention_factor(factor, f['attention_factor'], f['mscale'], f['mscale_all_dim']) if kind == 'yarn' else 1.
-    return speeds, sharpen
+        return speeds, yarn_attention_factor(factor, f['attention_factor'], f['mscale'], f['mscale_all_dim'])
+    return speeds, 1.
 
-# %% ../nbs/03b_positions.ipynb #90f8101e
+# %% ../nbs/03b_positions.ipynb #35d1a606
 def rope_angles(
-    positions:Tensor, # (T,) or (B,T) place of each token, from 0; whole numbers, or float32 or float64
+    positions:Tensor, # (T,) or (B,T) place of each token, from 0; whole numbers, float32 or float64
     width:int, # K, width of a head, even
     theta:float|None=None, # base of the wavelengths; by default the rope_theta of scaling, else 10,000
     scaling:dict|None=None, # as in the configurations of transformers: rope_type and its fields
-)->tuple[Tensor, Tensor]: # cosines and sines, (T,K/2) or (B,1,T,K/2), float32, or float64 for float64 positions
+)->tuple[Tensor, Tensor]: # (T,K/2) or (B,1,T,K/2) each, float32, or float64 for float64 positions
     "Cosines and sines of the angles of equation (3b.5), to be made once and shared by all layers."
     require(isinstance(positions, Tensor), 'positions', positions, 'a tensor', LmnotesTypeError)
     require(positions.ndim in (1, 2), 'positions', tuple(positions.shape), 'of shape (T,) or (B,T)')
     ok = positions.dtype not in (torch.bool, torch.float16, torch.bfloat16) and not positions.is_complex()
-    require(ok, 'positions', positions.dtype, 'whole numbers, float32 or float64: half precision rounds places above 256 or 2048')
+    require(ok, 'positions', positions.dtype, 'whole numbers, float32 or float64: half precision rounds places')
     dtype = torch.float64 if positions.dtype == torch.float64 else torch.float32
     dynamic = isinstance(scaling, dict) and 'dynamic' in (scaling.get('rope_type'), scaling.get('type'))
     length = positions.max() + 1 if dynamic else None
@@ -115,60 +124,63 @@ def apply_rope(
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
-# %% ../nbs/03b_positions.ipynb #afec38d0
+# %% ../nbs/03b_positions.ipynb #fa80b4f9
 def rope(
     x:Tensor, # (B,H,T,K) queries or keys
     positions:Tensor, # (T,) or (B,T) place of each token, from 0
     theta:float|None=None, # base of the wavelengths; by default the rope_theta of scaling, else 10,000
     scaling:dict|None=None, # as in the configurations of transformers
 )->Tensor: # (B,H,T,K)
-    "Rotary position encoding ([Su et al. 2021](https://arxiv.org/abs/2104.09864)) in the half-split layout."
+    "Rotary encoding, [Su et al. 2021](https://arxiv.org/abs/2104.09864), in the half-split layout."
     cos, sin = rope_angles(positions, x.shape[-1], theta, scaling)
-    ok = x.ndim >= 2 and positions.shape[-1] == x.shape[-2] and (positions.ndim == 1 or x.ndim == 4 and len(positions) in (1, len(x)))
-    require(ok, 'positions', tuple(positions.shape), f'a place for each token of x, whose shape is {tuple(x.shape)}: (T,), or (B,T) for an x of 4 dimensions')
+    rows = positions.ndim == 1 or x.ndim == 4 and len(positions) in (1, len(x))
+    require(x.ndim >= 2 and positions.shape[-1] == x.shape[-2] and rows, 'positions', tuple(positions.shape),
+            f'a place for each token of x, {tuple(x.shape)}: (T,), or (B,T) where x has 4 dimensions')
     return apply_rope(x, cos, sin)
 
-# %% ../nbs/03b_positions.ipynb #8cc2352d
+# %% ../nbs/03b_positions.ipynb #e8cfb244
 def rope_layout(
-    weight:Tensor, # (H*K,...) rows of a query or key projection, or its bias; or (...,K) vectors with n_heads None
+    weight:Tensor, # (H*K,...) a query or key projection, or its bias; (...,K) vectors where n_heads is None
     n_heads:int|None, # H, number of heads in the rows; None: the last dimension is a head
     to:str, # half-split or interleaved: the layout wanted, from the other one
 )->Tensor: # same shape, reordered
-    "Reorder a head's K numbers from one rotary layout to the other. Weights of both layouts then give the same scores."
+    "Reorder each head's K numbers from one rotary layout to the other; scores stay as they were."
     require(to in ('half-split', 'interleaved'), 'to', to, "'half-split' or 'interleaved'")
     if n_heads is not None:
-        require(len(weight) % n_heads == 0, 'n_heads', n_heads, f'a divisor of the {len(weight)} rows of weight')
+        ok = len(weight) % n_heads == 0
+        require(ok, 'n_heads', n_heads, f'a divisor of the {len(weight)} rows of weight')
         heads = weight.unflatten(0, (n_heads, -1))
         return rope_layout(heads.movedim(1, -1), None, to).movedim(-1, 1).flatten(0, 1)
     require(weight.shape[-1] % 2 == 0, 'weight', tuple(weight.shape), 'of an even head width')
     shape = (2, -1) if to == 'interleaved' else (-1, 2)
     return weight.unflatten(-1, shape).transpose(-1, -2).flatten(-2)
 
-# %% ../nbs/03b_positions.ipynb #cdb1e6db
+# %% ../nbs/03b_positions.ipynb #c209e905
 def llama3_ramp(
     speeds:Tensor, # (K/2,) radians a token
     original:float, # length of the texts in training, original_max_position_embeddings
-    low:float=1, # pairs with fewer turns than this in the original length are slowed in full, low_freq_factor
+    low:float=1, # pairs with fewer turns than this in that length are slowed in full, low_freq_factor
     high:float=4, # pairs with more turns than this are kept, high_freq_factor; above low
 )->Tensor: # (K/2,) share of each pair's speed that is kept, from 0 to 1
-    "Which pairs Llama 3.1 slows down, equation (3b.6), [Dubey et al. 2024](https://arxiv.org/abs/2407.21783)."
+    "Which pairs Llama 3.1 slows, equation (3b.6), [Dubey et al. 2024](https://arxiv.org/abs/2407.21783)."
     require(high > low, 'high_freq_factor', high, f'above low_freq_factor, which is {low}')
     return ((original / (2 * math.pi / speeds) - low) / (high - low)).clamp(0, 1)
 
-# %% ../nbs/03b_positions.ipynb #e1931cea
+# %% ../nbs/03b_positions.ipynb #e4fc55fb
 def yarn_ramp(
     speeds:Tensor, # (K/2,) radians a token
     theta:float, # base of the wavelengths, above 1
     original:float, # length of the texts in training, original_max_position_embeddings
-    fast:float=32, # pairs with more turns than this in the original length are kept, beta_fast
+    fast:float=32, # pairs with more turns than this in that length are kept, beta_fast
     slow:float=1, # pairs with fewer turns than this are slowed in full, beta_slow
     truncate:bool=True, # whether the ramp begins and ends at whole pairs
 )->Tensor: # (K/2,) share of each pair's speed that is kept, from 0 to 1
-    "Which pairs YaRN slows down: a ramp over the pairs' numbers, equation (3b.7), [Peng et al. 2023](https://arxiv.org/abs/2309.00071)."
+    "Which pairs YaRN slows, equation (3b.7), [Peng et al. 2023](https://arxiv.org/abs/2309.00071)."
     require(theta > 1, 'theta', theta, 'above 1 with yarn')
     require(fast >= slow, 'beta_fast', fast, f'at least beta_slow, which is {slow}')
     width, n = 2 * len(speeds), torch.arange(len(speeds), dtype=speeds.dtype, device=speeds.device)
-    low, high = (width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow))
+    pair_of = lambda turns: width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    low, high = pair_of(fast), pair_of(slow)
     if truncate: low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     return 1 - ((n - low) / (high - low if high != low else .001)).clamp(0, 1)
@@ -185,34 +197,36 @@ def yarn_attention_factor(
     if attention_factor is not None: return attention_factor
     return grown(mscale) / grown(mscale_all_dim) if mscale and mscale_all_dim else grown(1)
 
-# %% ../nbs/03b_positions.ipynb #d71bd519
+# %% ../nbs/03b_positions.ipynb #057fcb02
 def alibi_slopes(
     n_heads:int, # H, any number of at least 1
     device=None, # where to put them
 )->Tensor: # (H,) float32, steepest first
-    "Slopes of equation (3b.8); where H is no power of two, every other slope of the next power follows, as in the paper's code."
+    "Slopes of equation (3b.8). Where H is no power of two, every other slope of the next power follows."
     require(isinstance(n_heads, int) and n_heads >= 1, 'n_heads', n_heads, 'a whole number of at least 1')
     n = 2 ** (n_heads.bit_length() - 1)
     powers = [-8 * i / n for i in range(1, n + 1)] + [-4 * i / n for i in range(1, 2 * (n_heads - n), 2)]
     return torch.tensor([2 ** p for p in powers], device=device)
 
-# %% ../nbs/03b_positions.ipynb #8f1f18c2
+# %% ../nbs/03b_positions.ipynb #b2b08625
 def alibi(
     n_heads:int, # H
     T:int, # number of queries
     S:int|None=None, # number of keys, T by default; the queries are the last T of the S positions
     device=None, # where to make it
 )->Tensor: # (1,H,T,S) float32, added to the scores; 0 on the query's own place, falling to both sides
-    "A penalty proportional to distance, equation (3b.8), [Press et al. 2021](https://arxiv.org/abs/2108.12409). The mask decides what may be read at all."
+    """A penalty for distance, equation (3b.8), [Press et al. 2021](https://arxiv.org/abs/2108.12409).
+    What may be read at all is for the mask to say"""
     return alibi_slopes(n_heads, device)[None, :, None, None] * -_distances(T, S, device).abs()
 
 def _distances(T, S, device):
     "Place of the key minus place of the query, (T,S)"
     S = T if S is None else S
-    require(isinstance(T, int) and T >= 1 and isinstance(S, int) and S >= T, 'S', S, f'at least T, which is {T} and must be 1 or more')
+    ok = isinstance(T, int) and T >= 1 and isinstance(S, int) and S >= T
+    require(ok, 'S', S, f'at least T, which is {T} and must be 1 or more')
     return torch.arange(S, device=device) - torch.arange(S - T, S, device=device)[:, None]
 
-# %% ../nbs/03b_positions.ipynb #e2beeff6
+# %% ../nbs/03b_positions.ipynb #70e84a10
 def relative_buckets(
     T:int, # number of queries
     S:int|None=None, # number of keys, T by default; the queries are the last T of the S positions
@@ -221,13 +235,13 @@ def relative_buckets(
     bidirectional:bool=True, # whether keys after the query have buckets of their own, the upper half
     device=None, # where to make it
 )->Tensor: # (T,S) whole numbers from 0 to n_buckets - 1
-    "T5's number for each distance, equation (3b.9), [Raffel et al. 2020](https://arxiv.org/abs/1910.10683): one each for short distances, then ever wider ones."
+    "T5's number for each distance, equation (3b.9), [Raffel et al. 2020](https://arxiv.org/abs/1910.10683)."
     require(isinstance(n_buckets, int), 'n_buckets', n_buckets, 'a whole number', LmnotesTypeError)
     away = _distances(T, S, device)
     n = n_buckets // 2 if bidirectional else n_buckets
     exact = n // 2
     require(exact >= 1, 'n_buckets', n_buckets, f'at least {4 if bidirectional else 2}')
-    require(max_distance > exact, 'max_distance', max_distance, f'above {exact}, the number of distances with a bucket of their own')
+    require(max_distance > exact, 'max_distance', max_distance, f'above {exact}, the number of exact buckets')
     far = away.abs() if bidirectional else (-away).clamp(min=0)
     log = (far.clamp(min=exact).float() / exact).log() / math.log(max_distance / exact) * (n - exact)
     bucket = torch.where(far < exact, far, (exact + log.long()).clamp(max=n - 1))
