@@ -132,7 +132,7 @@ def read_texts(
     some, last = real.any(1), text[:, -1].clamp(min=0)
     return out, tuple(torch.where(some.view(-1, *[1] * (s.ndim - 1)), e[last], s.to(e.dtype)) for s, e in zip(state, end))
 
-# %% ../nbs/04d_recurrent.ipynb #05c49a64
+# %% ../nbs/04d_recurrent.ipynb #91fc5ec6
 def _layout(config, ids, mask, places, past):
     "Positions read before; which tokens are real and where texts begin, or None where all are and none does."
     require(ids.ndim == 2 and ids.numel() > 0, 'input_ids', tuple(ids.shape), '(B,T) with at least one token')
@@ -149,7 +149,8 @@ def _layout(config, ids, mask, places, past):
         require(x is None or shape in ((B, S), (1, S)), name, shape, f'{(B, S)}{why}')
     real = None if mask is None else mask[:, start:].bool().expand(B, T)
     new = None if places is None else (places == 0).expand(B, T)
-    if (real is None or real.all()) and (new is None or not new[:, past is None:].any()): return start, None, None
+    fresh = int(past is None)                                     # then a text begins at the first place anyway
+    if (real is None or real.all()) and (new is None or not new[:, fresh:].any()): return start, None, None
     ones = torch.ones_like(ids, dtype=torch.bool)
     return start, ones if real is None else real, ~ones if new is None else new
 
