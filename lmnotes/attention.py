@@ -7,7 +7,7 @@ __all__ = ['attention', 'sdpa', 'MultiHeadAttention', 'AttentionCall', 'Captured
            'attention_kernels', 'causal_mask', 'causal_mod', 'padding_mask', 'padding_mod', 'prefix_lm_mask',
            'prefix_lm_mod', 'segment_mask', 'segment_mod', 'sliding_mask', 'sliding_mod', 'unilm_mask', 'unilm_mod']
 
-# %% ../nbs/03_attention.ipynb #069cac2d
+# %% ../nbs/03_attention.ipynb #57a1b5c4
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cache import KVCache
 from .capture import AttentionCall, Captured, capture_attention
+from .blocks import RMSNorm
 from .core import require
 from .masks import (attention_kernels, causal_mask, causal_mod, padding_mask, padding_mod,
                            prefix_lm_mask, prefix_lm_mod, segment_mask, segment_mod,
@@ -106,7 +107,7 @@ _all_ = ['AttentionCall', 'Captured', 'KVCache', 'capture_attention', 'attention
          'causal_mod', 'padding_mask', 'padding_mod', 'prefix_lm_mask', 'prefix_lm_mod', 'segment_mask', 'segment_mod',
          'sliding_mask', 'sliding_mod', 'unilm_mask', 'unilm_mod']
 
-# %% ../nbs/03_attention.ipynb #9580b0b2
+# %% ../nbs/03_attention.ipynb #723c667a
 class MultiHeadAttention(nn.Module):
     """Attention with several heads, equation (3.4), of a text to itself or (cross) to a memory; with fewer key heads
     than query heads, [Ainslie et al. 2023](https://arxiv.org/abs/2305.13245)."""
@@ -139,8 +140,8 @@ class MultiHeadAttention(nn.Module):
             self.kv = nn.Linear(d_model, 2 * G * K, bias=qkv_bias)                # keys, then values
         else: self.qkv = nn.Linear(d_model, (n_heads + 2 * G) * K, bias=qkv_bias) # queries, keys, values
         self.out = nn.Linear(n_heads * K, d_model, bias=bias)
-        self.q_norm = None if qk_norm is None else nn.RMSNorm(K, qk_norm)
-        self.k_norm = None if qk_norm is None else nn.RMSNorm(K, qk_norm)
+        self.q_norm = None if qk_norm is None else RMSNorm(K, qk_norm)
+        self.k_norm = None if qk_norm is None else RMSNorm(K, qk_norm)
 
 # %% ../nbs/03_attention.ipynb #2fa73057
 def _heads(x, n, width):
