@@ -144,7 +144,7 @@ def linear_cross_entropy(hidden:Tensor, # (...,D) what the output matrix reads
     total, *_ = run(h, weight, bias, y, _compute_dtype(hidden), want, rows or few)
     return total if reduction == 'sum' else total / (labels != -100).sum()
 
-# %% ../nbs/04f_loss.ipynb #022df34a
+# %% ../nbs/04f_loss.ipynb #59637dac
 def _versions(out):
     "Counters of in-place changes, where there are any"
     if torch.compiler.is_compiling(): return None
@@ -172,10 +172,16 @@ class LMOutput:
             require(self.weight is not None, 'head', None, 'set in the configuration of a model with logits')
             if self._made_with not in (None, _versions(self)):
                 raise LmnotesError('logits: the weights have changed since; look before the optimizer steps')
-            parts = (None if x is None else x.to(self._dtype) for x in (self.hidden, self.weight, self.bias))
-            with torch.set_grad_enabled(self._grad), torch.autocast(self.hidden.device.type, enabled=False):
-                self._logits = F.linear(*parts)
+            self._logits = self._linear()
         return self._logits
+
+    def _linear(self):
+        "The logits, with the gradient mode and the dtype of the forward pass"
+        parts = (self.hidden, self.weight, self.bias)
+        now = torch.is_grad_enabled(), _compute_dtype(self.hidden), self.weight.dtype
+        if now == (self._grad, self._dtype, self._dtype): return F.linear(*parts)
+        with torch.set_grad_enabled(self._grad), torch.autocast(self.hidden.device.type, enabled=False):
+            return F.linear(*(None if x is None else x.to(self._dtype) for x in parts))
 
     @property
     def last_hidden_state(self)->Tensor: # (B,T,D)

@@ -165,6 +165,15 @@ def test_output_like_transformers():
     with torch.no_grad(): assert out.logits.requires_grad
     with torch.autocast('cpu', torch.bfloat16): low = LMOutput(h, w)
     assert low.logits.dtype == torch.bfloat16
+    with torch.autocast('cpu', torch.bfloat16):
+        assert LMOutput(h, w).logits.dtype == torch.bfloat16 and LMOutput(h.double(), w.double()).logits.dtype == torch.float64
+        assert out.logits.dtype == torch.float32
+        torch.testing.assert_close(low.logits, F.linear(h, w))
+    early = LMOutput(h, w)
+    with torch.autocast('cpu', torch.bfloat16): assert early.logits.dtype == torch.float32
+    half = LMOutput(h.bfloat16(), w)
+    half._dtype = torch.bfloat16                                            # as made under autocast from a half-precision stream
+    assert half.logits.dtype == torch.bfloat16
     with torch.inference_mode(): frozen = LMOutput(h.detach() * 1, w)
     assert frozen.logits.shape == (2, 3, 7)
     with pytest.raises(LmnotesError, match='head'): LMOutput(h)['logits']

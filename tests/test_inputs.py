@@ -97,6 +97,12 @@ def test_refused_by_name(name):
     with pytest.raises(LmnotesError, match=type(model).__name__): model_inputs(model, dict(input_ids=IDS, segment_ids=SEGMENTS, labels=IDS))
 
 
+def test_a_mask_that_is_not_heard_is_refused():
+    "Mamba2 takes a mask of four dimensions without an error and does nothing with it."
+    model = make((t.Mamba2ForCausalLM, t.Mamba2Config, dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8, n_groups=1)), 'eager')
+    with pytest.raises(LmnotesError, match='Mamba2ForCausalLM'): model_inputs(model, dict(input_ids=IDS, attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()))
+
+
 def test_left_padding_is_refused_where_it_would_be_read_wrong():
     real = torch.tensor([[False] * 3 + [True] * 6, [True] * 9])
     for name in ('BART', 'BART decoder'):
