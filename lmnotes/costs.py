@@ -149,7 +149,7 @@ class ModelCard:
         title = el('p', f'{self.batch} rows of {self.length} tokens, {self.dtype}')
         return el('div', title, table([[el('b', h) for h in head], *parts]), table(facts))
 
-# %% ../nbs/04c_costs.ipynb #452283dc
+# %% ../nbs/04c_costs.ipynb #365d810e
 def model_card(config, # a TransformerConfig
                batch:int=1, # B, rows of a batch
                length:int|None=None, # T, tokens a row; by default the longest the model reads, or 512
@@ -158,7 +158,7 @@ def model_card(config, # a TransformerConfig
     "Parameters, operations and bytes of a model and of one training step, by formula, before it exists."
     require(hasattr(config, 'n_layers') and hasattr(config, 'kind'), 'config', type(config).__name__,
             'a TransformerConfig', LmnotesTypeError)
-    c, T = config, length or config.max_len or 512
+    c, T = config, (config.max_len or 512) if length is None else length
     for name, n in (('batch', batch), ('length', T)):
         require(isinstance(n, int) and n >= 1, name, n, 'a whole number of 1 or more')
     require(T <= (c.max_len or T), 'length', T, f'at most {c.max_len}, the longest that this model reads')
