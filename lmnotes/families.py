@@ -15,7 +15,7 @@ from torch import Tensor
 from .core import known_name, require
 from .models import Transformer, TransformerConfig
 
-# %% ../nbs/04a_families.ipynb #26b273fb
+# %% ../nbs/04a_families.ipynb #fb8076fe
 @dataclass
 class Family:
     "How a family of `transformers` and our `Transformer` say the same thing."
@@ -23,7 +23,7 @@ class Family:
     fields:dict                # our field -> their setting
     choices:dict               # our fields that are the same in the whole family
     demands:dict               # their setting -> the one value of it that ours has
-    names:Callable             # our config -> list of (our name, [their names], how they differ: '', 'T' transposed, 'row' one row more)
+    names:Callable             # our config -> list of (our name, [their names], how they differ: '', 'T' transposed, 'row' a matrix of one row)
     read:Callable              # their config, our head -> our fields that are no plain copies
     write:Callable             # our config -> their settings that are no plain copies
     prefix:str = ''            # what stands before their names in a model with a head

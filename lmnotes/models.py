@@ -384,17 +384,17 @@ def check_call(c, input_ids, labels, cache, token_type_ids, decoder_input_ids, d
     if decoder_input_ids is not None: check_ids(decoder_input_ids, c.vocab_size, 'decoder_input_ids')
     if token_type_ids is not None: check_ids(token_type_ids, c.n_segments, 'token_type_ids')
 
-# %% ../nbs/04_models.ipynb #1db02d62
+# %% ../nbs/04_models.ipynb #5bae230d
 def init_weights(
     model:Transformer, # changed in place
 ):
-    "Draw fresh weights: tables from N(0, init_std), projections from N(0, 1/inputs), those that write to the stream divided by sqrt(2L); biases 0."
+    "Draw fresh weights: tables from N(0, init_std), projections from N(0, 1/inputs), those that write to the stream divided by the root of their number; biases 0."
     c, head = model.config, getattr(model, 'head', None)
     for m in model.modules():
         if isinstance(m, nn.Embedding): nn.init.normal_(m.weight, std=c.init_std)
         if isinstance(m, nn.Linear) and m is not head: nn.init.normal_(m.weight, std=m.in_features**-.5)
         if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
-    for stack in (m for m in model.modules() if isinstance(m, Stack) and c.norm_first):
+    for stack in (m for m in model.modules() if isinstance(m, Stack)):
         writes = [layer for b in stack.blocks for layer in (b.attention, getattr(b, 'cross', None), b.ff) if layer is not None]
         for layer in writes: (layer.down if isinstance(layer, FeedForward) else layer.out).weight.data.mul_(len(writes)**-.5)
     if head is not None and not (c.tie and c.head == 'lm'): nn.init.normal_(head.weight, std=c.init_std)

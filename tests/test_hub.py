@@ -199,6 +199,13 @@ def zero(get):
 def every(f): return lambda m: [f(b) for b in blocks(m)] and None
 
 
+def swap_queries_and_keys(attention):
+    for p in (attention.qkv.weight, attention.qkv.bias):
+        if p is not None:
+            q, k, v = p.data.chunk(3)
+            p.data = torch.cat([k, q, v])
+
+
 BROKEN = {                                            # what is broken, and in which families it must be noticed
     'scale of the scores': (every(lambda b: setattr(b.attention, 'scale', 1.7 * (b.attention.scale or b.attention.d_head**-.5))), list(FAMILIES)),
     'causal mask': (lambda m: setattr(m.decoder, 'causal', False), [*DECODERS, 't5', 'bart']),
@@ -224,6 +231,9 @@ BROKEN = {                                            # what is broken, and in w
     'bias of the queries': (zero(lambda m: blocks(m)[0].attention.qkv.bias), ['llama', 'qwen2', 'qwen3', 'smollm3', 'gpt2', 'bert', 'bart']),
     'bias of the feed-forward layer': (zero(lambda m: blocks(m)[0].ff.down.bias), ['llama', 'smollm3', 'gpt2', 'bert', 'bart']),
     'cross-attention': (zero(lambda m: m.decoder.blocks[0].cross.out.weight), ['t5', 'bart']),
+    'queries and keys': (every(lambda b: swap_queries_and_keys(b.attention)), ['gpt2', 'bert', 't5', 'bart']),
+    'a matrix not turned': (every(lambda b: b.attention.out.weight.data.copy_(b.attention.out.weight.data.T.clone())), ['gpt2', 'bert', 'bart']),
+    'the two norms': (every(lambda b: b.__dict__['_modules'].update(norm1=b.norm2, norm2=b.norm1)), ['bert', 'bart', 't5', 'gpt2']),
     'gate and up': (every(lambda b: b.ff.up.weight.data.copy_(torch.cat(b.ff.up.weight.data.chunk(2)[::-1]))), ['llama', 'mistral', 'qwen2', 'qwen3', 'smollm3']),
 }
 
