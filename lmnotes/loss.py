@@ -94,12 +94,17 @@ def _hand_out(ctx, g, *_):
 
 _linear_nll.register_autograd(_hand_out, setup_context=_keep)
 
-# %% ../nbs/04f_loss.ipynb #04d9166b
+# %% ../nbs/04f_loss.ipynb #2a45fc97
 def _compute_dtype(x):
     "The dtype of products with `x`: autocast's where it is on, else that of `x`"
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device): return x.dtype
     return torch.get_autocast_dtype(device)
+
+def _versions(*tensors):
+    "Counters of in-place changes, where there are any"
+    if torch.compiler.is_compiling(): return None
+    return [x._version for x in tensors if x is not None and not x.is_inference()]
 
 def _check_linear(hidden, weight, labels, bias, reduction):
     V, D = weight.shape if weight.ndim == 2 else (0, 0)
@@ -144,12 +149,7 @@ def linear_cross_entropy(hidden:Tensor, # (...,D) what the output matrix reads
     total, *_ = run(h, weight, bias, y, _compute_dtype(hidden), want, rows or few)
     return total if reduction == 'sum' else total / (labels != -100).sum()
 
-# %% ../nbs/04f_loss.ipynb #59637dac
-def _versions(out):
-    "Counters of in-place changes, where there are any"
-    if torch.compiler.is_compiling(): return None
-    return [x._version for x in (out.hidden, out.weight, out.bias) if x is not None and not x.is_inference()]
-
+# %% ../nbs/04f_loss.ipynb #90fc023b
 @dataclass
 class LMOutput:
     "What a model returns. `logits` are made at the first look, and kept: a loss does not need them."
@@ -162,7 +162,7 @@ class LMOutput:
 
     def __post_init__(self):
         self._logits, self._grad, self._dtype = None, torch.is_grad_enabled(), _compute_dtype(self.hidden)
-        self._made_with = _versions(self)
+        self._made_with = _versions(self.hidden, self.weight, self.bias)
     def __getstate__(self): return {**vars(self), '_made_with': None}      # copies count changes anew
 
     @property
@@ -170,7 +170,7 @@ class LMOutput:
         "Unnormalized log-probabilities. LmnotesError where the model has no head or its weights have changed since."
         if self._logits is None:
             require(self.weight is not None, 'head', None, 'set in the configuration of a model with logits')
-            if self._made_with not in (None, _versions(self)):
+            if self._made_with not in (None, _versions(self.hidden, self.weight, self.bias)):
                 raise LmnotesError('logits: the weights have changed since; look before the optimizer steps')
             self._logits = self._linear()
         return self._logits

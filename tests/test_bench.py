@@ -1,5 +1,5 @@
 "The bench harness itself, on contestants whose times are known. No timing is asserted."
-import json
+import json, os
 
 import harness, pytest
 from harness import Row, Seconds, measure, spread
@@ -73,3 +73,16 @@ def rows():
 
 
 def test_spread(): assert spread([1, 2, 3, 4, 5]) == dict(low=2, median=3, high=4)
+
+
+def test_memory_rows():
+    r = measure(Row('x', unit='B', ours=lambda: harness.Bytes(2e6), peer=lambda: harness.Bytes(26e6), target=12))
+    assert r['ratio']['median'] == 13 and r['unit'] == 'B' and 'seconds' not in r and '2 MB' in harness.line(r) and '26 MB' in harness.line(r)
+    with pytest.raises(TypeError, match='returned no B'): measure(Row('x', unit='B', ours=lambda: Seconds(1), peer=lambda: harness.Bytes(1), target=1))
+    with pytest.raises(TypeError, match='returned no s'): measure(Row('x', ours=lambda: harness.Bytes(1), peer=lambda: Seconds(1), target=1))
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='peak memory is read from /proc')
+def test_peak_memory_sees_what_comes_and_goes():
+    peak = harness.peak_memory('setup = bytearray(100 * 2**20)', 'x = bytearray(50 * 2**20); del x')
+    assert 49 * 2**20 < peak < 60 * 2**20
