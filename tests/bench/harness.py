@@ -78,13 +78,13 @@ def once(call, repeats=1):
 def peak_memory(setup, call):
     "Bytes that the statement `call` adds at its peak to the memory of a new Python that ran `setup`: the largest resident set minus that before."
     code = f"""{setup}
-import gc
-def resident(key): return next(int(s.split()[1]) * 1024 for s in open('/proc/self/status') if s.startswith(key))
-gc.collect()
-with open('/proc/self/clear_refs', 'w') as f: f.write('5')          # the peak starts anew
-before = resident('VmRSS')
+import gc as _gc
+def _resident(key): return next(int(s.split()[1]) * 1024 for s in open('/proc/self/status') if s.startswith(key))
+_gc.collect()
+with open('/proc/self/clear_refs', 'w') as _file: _file.write('5')  # the peak starts anew
+_before = _resident('VmRSS')
 {call}
-print(resident('VmHWM') - before)"""
+print(_resident('VmHWM') - _before)"""
     if not os.path.exists('/proc/self/clear_refs'): raise Skip('peak memory is read from /proc, which only Linux has')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
     if done.returncode: raise RuntimeError(done.stderr.strip().splitlines()[-1])
