@@ -122,7 +122,7 @@ def is_causal(model:nn.Module, # takes input_ids (B,T), returns an object with .
     scale = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0
     return torch.allclose(a, b, rtol=0, atol=1e-4 * scale, equal_nan=True)
 
-# %% ../nbs/02_lm.ipynb #0297ad12
+# %% ../nbs/02_lm.ipynb #35241999
 _kinds = {'decoder': 'causal', 'encoder': 'masked', 'encoder-decoder': 'seq2seq'}
 _tried = WeakKeyDictionary()
 
@@ -132,6 +132,7 @@ def model_kind(model:nn.Module, # ours or one of transformers
     require(isinstance(model, nn.Module), 'model', type(model).__name__, 'an nn.Module', LmnotesTypeError)
     model = _unwrapped(model)
     config, name = getattr(model, 'config', None), type(model).__name__
+    if getattr(config, 'head', None) in ('classification', 'tagging'): return 'masked'        # ours: an answer in its place
     if (kind := getattr(config, 'kind', None)) in _kinds: return _kinds[kind]
     if getattr(config, 'is_encoder_decoder', False): return 'seq2seq'
     if name.endswith('ForCausalLM'): return 'causal'

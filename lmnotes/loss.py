@@ -149,7 +149,7 @@ def linear_cross_entropy(hidden:Tensor, # (...,D) what the output matrix reads
     total, *_ = run(h, weight, bias, y, _compute_dtype(hidden), want, rows or few)
     return total if reduction == 'sum' else total / (labels != -100).sum()
 
-# %% ../nbs/04f_loss.ipynb #90fc023b
+# %% ../nbs/04f_loss.ipynb #4dbc728c
 @dataclass
 class LMOutput:
     "What a model returns. `logits` are made at the first look, and kept: a loss does not need them."
@@ -194,12 +194,18 @@ class LMOutput:
         require(self.weight is not None, 'head', None, 'set in the configuration of a model that is scored')
         return linear_cross_entropy(self.hidden, self.weight, targets, self.bias, 'sum')
 
-    def __getitem__(self, key:str|int # a name, or a place among loss, logits, cache, encoder states
-    ):
-        "As `transformers`' outputs: out['loss'], out[0]."
-        if isinstance(key, str):
-            if key not in (*self.__dataclass_fields__, 'logits', 'last_hidden_state'): raise KeyError(key)
-            return getattr(self, key)
+    def keys(self)->list[str]: # of loss, logits, past_key_values, encoder_last_hidden_state
+        "Names of what there is, in `transformers`' order."
         there = dict(loss=self.loss, logits=self.weight, past_key_values=self.past_key_values,
                      encoder_last_hidden_state=self.encoder_last_hidden_state)
-        return getattr(self, [name for name, x in there.items() if x is not None][key])
+        return [name for name, x in there.items() if x is not None]
+
+    def __getitem__(self, key:str|int|slice # a name, or places among keys()
+    ):
+        "As `transformers`' outputs: out['loss'], out[0], out[1:]."
+        if isinstance(key, slice): return tuple(getattr(self, name) for name in self.keys()[key])
+        name = self.keys()[key] if isinstance(key, int) else key
+        if name not in (*self.__dataclass_fields__, 'logits', 'last_hidden_state'): raise KeyError(name)
+        return getattr(self, name)
+
+    def __contains__(self, key)->bool: return key in self.keys()

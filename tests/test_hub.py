@@ -10,6 +10,7 @@ import transformers
 from torch.testing import assert_close
 
 from lmnotes.families import FAMILIES, family_of, tensor_pairs, to_theirs
+from lmnotes.core import LmnotesError
 from lmnotes.hub import from_hf, load_model, to_hf
 from lmnotes.lm import model_kind
 
@@ -266,3 +267,115 @@ def test_smollm2_token_for_token():
     b = ref.generate(ids, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(a, b) and a.shape[1] == ids.shape[1] + 100
     with torch.no_grad(): assert_close(ours(a, labels=a).loss, ref(input_ids=a, labels=a).loss, atol=1e-4, rtol=1e-4)
+
+
+SMALL = dict(
+    smollm3=dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=20, pad_token_id=0),
+    llama=dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=20), gpt2=dict(n_embd=16, n_layer=2, n_head=2),
+    bert=dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20), t5=dict(d_model=16, d_kv=6, d_ff=20, num_layers=2, num_heads=2),
+    bart=dict(d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20))
+IDS = torch.randint(3, 41, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def built(family, head='lm', **settings):
+    "A small reference, everything not named as its class has it by default."
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, vocab_size=41, **SMALL.get(family, SMALL['llama']) | settings)
+    model = getattr(transformers, FAMILIES[family].classes[head])(config).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p += .1 * torch.randn_like(p)
+    return model
+
+
+def same(ours, ref, ids=IDS, **more):
+    if ours.config.kind == 'encoder-decoder': more.setdefault('decoder_input_ids', ids.flip(0))
+    what = 'logits' if ours.config.head else 'last_hidden_state'
+    with torch.no_grad(): assert_close(*(getattr(m(input_ids=ids, **more), what) for m in (ours, ref)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_default_settings(family):
+    "A configuration in which only sizes are given: special ids and all the rest as the class has them."
+    ref = built(family)
+    same(from_hf(ref), ref)
+    same(from_hf(ref), to_hf(from_hf(ref)))
+
+
+@pytest.mark.parametrize('settings', [dict(family='llama', sliding_window=3), dict(family='llama', layer_types=['sliding_attention', 'full_attention'], sliding_window=3), dict(family='llama', no_rope_layers=[0, 1]),
+                                      dict(family='mistral', sliding_window=3, layer_types=['sliding_attention', 'full_attention']), dict(family='qwen2', attention_bias=True),
+                                      dict(family='mistral', attention_bias=True, mlp_bias=True), dict(family='llama', rope_parameters=dict(rope_type='dynamic', factor=3., rope_theta=1e3), max_position_embeddings=5),
+                                      dict(family='llama', rope_parameters=dict(rope_type='dynamic', factor=3., rope_theta=1e3, original_max_position_embeddings=4), max_position_embeddings=32)])
+def test_settings_that_the_class_ignores_are_ignored(settings):
+    ref = built(**settings)
+    same(from_hf(ref), ref)
+
+
+@pytest.mark.parametrize('head', ['lm', None])
+def test_bart_with_tables_of_its_own_on_each_side(head, tmp_path):
+    ref = built('bart', head, tie_word_embeddings=False)
+    ours = from_hf(ref)
+    assert not ours.config.share_embed
+    same(ours, ref)
+    same(ours, to_hf(ours))
+    ref.save_pretrained(tmp_path/'theirs'); ours.save_pretrained(tmp_path/'ours')
+    for name in ('theirs', 'ours'): same(load_model(tmp_path/name), load_model(tmp_path/name, native=False)); same(load_model(tmp_path/name), ref)
+
+
+def test_untied_heads_and_odd_models_survive_saving(tmp_path):
+    from lmnotes.models import bart, bert, gpt2, t5
+    for i, (build, fields) in enumerate([(bart, dict(tie=False)), (bert, dict(head=None)), (bert, dict(tie=False)), (gpt2, dict(tie=False)), (t5, dict(tie=False)), (bart, dict(head=None))]):
+        torch.manual_seed(0)
+        ours = build(41, **dict(d_model=16, n_heads=2, n_layers=2, d_ff=24, init_std=.3) | dict({} if build is t5 else dict(max_len=32)) | fields).eval()
+        ours.save_pretrained(tmp_path/str(i))
+        same(load_model(tmp_path/str(i)), ours); same(ours, to_hf(ours)); same(ours, load_model(tmp_path/str(i), native=False))
+    for bad in (lambda: t5(41, head_bias=True, d_model=16, n_heads=2).save_pretrained(tmp_path/'x'), lambda: gpt2(41, d_model=16, n_heads=2).save_pretrained(tmp_path/'y', dtype=torch.int32)):
+        with pytest.raises(LmnotesError): bad()
+
+
+def test_t5_in_float16_with_a_layer_kept_in_float32():
+    ref = built('t5').half()
+    for m in ref.modules():
+        if hasattr(m, 'wo'): m.wo.float()
+    ours = from_hf(ref)
+    assert {p.dtype for p in ours.parameters()} == {torch.float16}
+    same(ours.float(), ref.float())
+
+
+def test_tied_weights_are_stored_once_and_come_back(tmp_path):
+    from safetensors.torch import load_file, save_file
+    ours = from_hf(built('gpt2'))
+    state = ours.state_dict()
+    assert 'head.weight' not in state
+    save_file(state, tmp_path/'x.safetensors')
+    other = from_hf(built('gpt2', n_layer=2))
+    with torch.no_grad(): other.embed.weight.zero_()
+    other.load_state_dict(load_file(tmp_path/'x.safetensors'))
+    assert other.head.weight is other.embed.weight and torch.equal(other.embed.weight, ours.embed.weight)
+
+
+def test_inside_the_trainer_of_transformers(tmp_path):
+    "It trains, evaluates and saves our model as any other."
+    ours = from_hf(built('gpt2'))
+    rows = [dict(input_ids=row, labels=row) for row in torch.randint(3, 41, (8, 9))]
+    args = transformers.TrainingArguments(tmp_path, per_device_train_batch_size=4, max_steps=2, report_to=[], use_cpu=True, save_steps=2, disable_tqdm=True, logging_steps=1)
+    trainer = transformers.Trainer(ours, args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert trainer.evaluate()['eval_loss'] > 0 and list(tmp_path.glob('checkpoint-2/*.safetensors'))
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    import json
+    ours = from_hf(built('gpt2'))
+    ours.save_pretrained(tmp_path/'good')
+    config, weights = (tmp_path/'good/config.json').read_text(), (tmp_path/'good/model.safetensors').read_bytes()
+    index = lambda x: {'model.safetensors.index.json': x}
+    bad = [{'config.json': '{'}, {'config.json': b'\xff\xfe{'}, {'config.json': '[]'}, {'config.json': config.replace('"n_embd": 16', '"n_embd": "a"')}, {'model.safetensors': b'garbage'},
+           {'model.safetensors': weights[:-40]}, {'config.json': config.replace('"n_layer": 2', '"n_layer": 100000')}, index('[]'), index('{"weight_map": {"a": 3}}'),
+           index(json.dumps(dict(metadata={}, weight_map={'a': '../good/model.safetensors'}))), {'config.json': config.replace('"gpt2"', '"mamba"')}]
+    for i, files in enumerate(bad):
+        folder = tmp_path/str(i)
+        folder.mkdir()
+        for name, content in (dict({'config.json': config, 'model.safetensors': weights}) | files).items(): (folder/name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(LmnotesError): load_model(folder)
+    for name in (None, 3, ''):
+        with pytest.raises(LmnotesError): load_model(name)

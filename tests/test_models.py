@@ -156,7 +156,7 @@ BAD = {                                               # what is tried: a word th
     'kind': lambda: Transformer(TransformerConfig(41, kind='both')), 'head': lambda: t5(41, head='tagging', **SMALL), 'activation': lambda: gpt2(41, activation='swish'),
     'input_ids': lambda: gpt2(41, **SMALL)(ids[0]), 'at most max_len = 4': lambda: gpt2(41, max_len=4, **SMALL)(ids), 'an id in input_ids is 41': lambda: gpt2(41, **SMALL)(torch.full((1, 2), 41)),
     'an id in input_ids is -1': lambda: gpt2(41, **SMALL)(-torch.ones(1, 2, dtype=torch.long)), 'torch.float32': lambda: gpt2(41, **SMALL)(ids.float()),
-    'attention_mask': lambda: gpt2(41, **SMALL)(ids, attention_mask=torch.ones(2, 5, 5)), 'of 5 keys': lambda: gpt2(41, **SMALL)(ids, attention_mask=torch.ones(2, 4)),
+    'attention_mask': lambda: gpt2(41, **SMALL)(ids, attention_mask=torch.ones(2, 5, 5)), '(B,S) = (2, 5)': lambda: gpt2(41, **SMALL)(ids, attention_mask=torch.ones(2, 4)),
     'torch.bool': lambda: gpt2(41, **SMALL)(ids, attention_mask=torch.ones(2, 1, 5, 5)), 'labels': lambda: gpt2(41, **SMALL)(ids, labels=ids[:, :3]),
     'each of the': lambda: gpt2(41, **SMALL)(ids, labels=torch.full_like(ids, -100)), 'cannot decode': lambda: bert(41, **SMALL)(ids, use_cache=True),
     'decoder_input_ids': lambda: gpt2(41, **SMALL)(ids, decoder_input_ids=ids), 'decoder_input_ids is None': lambda: t5(41, **SMALL)(ids), 'token_type_ids': lambda: gpt2(41, **SMALL)(ids, token_type_ids=ids),
