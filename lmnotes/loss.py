@@ -121,12 +121,12 @@ def _check_linear(hidden, weight, labels, bias, reduction):
         require(same, f'{name}.dtype', x.dtype, 'floating point, the same for hidden, weight, bias', LmnotesTypeError)
     require(reduction in ('mean', 'sum'), 'reduction', reduction, "'mean' or 'sum'")
 
-# %% ../nbs/04f_loss.ipynb #10c1eb57
+# %% ../nbs/04f_loss.ipynb #fca3414e
 def few_rows(vocab_size:int, # V
              device:str='cpu', # type of the device
-             )->int: # at least 128
-    "Rows of logits that `linear_cross_entropy` holds at a time: 128 on a CPU, more where V is small or the device wide."
-    return max(128 if device == 'cpu' else 1024, 2**22 // vocab_size)
+             )->int: # at least 256
+    "Rows of logits that `linear_cross_entropy` holds at a time: 256 on a CPU, more where V is small or the device wide."
+    return max(256 if device == 'cpu' else 1024, 2**22 // vocab_size)
 
 def linear_cross_entropy(hidden:Tensor, # (...,D) what the output matrix reads
                          weight:Tensor, # (V,D) output matrix, one row a token
