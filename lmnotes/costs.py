@@ -94,7 +94,7 @@ def _head_cost(c, B, T):
     learned = V * D * (not (c.tie and lm)) + V * bool(c.head_bias)
     return cost + Cost(learned, 0, 2 * rows * D * V, rows * (D + V * (rows <= few_rows(V))))
 
-# %% ../nbs/04c_costs.ipynb #17d59d7b
+# %% ../nbs/04c_costs.ipynb #b9d88721
 def _short(x, unit):
     "1_234_567 as 1.23 M: three digits and a prefix"
     for prefix, size in ('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3):
@@ -107,6 +107,7 @@ def _cached(c, B, T):
     layers = 0 if c.kind == 'encoder' else 2 * (c.n_decoder_layers or c.n_layers) if both else c.n_layers
     return layers * 2 * B * T * _widths(c)[1]
 
+# %% ../nbs/04c_costs.ipynb #dad394fa
 @dataclass(repr=False)
 class ModelCard:
     "What a model costs: `parameters`, and the dictionaries `flops`, `bytes` and `parts` (a `Cost` each). Shows as a table."

@@ -48,7 +48,7 @@ def their_tensors(
     if bias is not None: out.setdefault('cls.predictions.decoder.bias', bias)
     return out
 
-# %% ../nbs/04b_hub.ipynb #8c2002bf
+# %% ../nbs/04b_hub.ipynb #3a7e590e
 def settle(
     family:Family, # theirs
     config, # transformers' configuration
@@ -70,6 +70,7 @@ def settle(
     c.check()
     return c
 
+# %% ../nbs/04b_hub.ipynb #db8561cb
 def assemble(
     config, # transformers' configuration
     head:str|None, # which head the tensors have
@@ -95,6 +96,7 @@ def assemble(
     if c.tied: model.head.weight = model.embed.weight
     return model.eval()
 
+# %% ../nbs/04b_hub.ipynb #1250891c
 def head_of(
     config, # transformers' configuration
     name:str, # of a class
@@ -112,7 +114,7 @@ def from_hf(
     require(hasattr(config, 'model_type'), 'model', name, 'a model of transformers', LmnotesTypeError)
     return assemble(config, head_of(config, name), dict(model.state_dict()), name)
 
-# %% ../nbs/04b_hub.ipynb #df7fd25f
+# %% ../nbs/04b_hub.ipynb #c88853f3
 def _essence(config):
     "What decides a model's outputs in eval mode: fields that its other fields make meaningless are left out."
     c, d = config, asdict(config)
@@ -131,6 +133,7 @@ def _essence(config):
               attention_scale=c.head_width**-.5 if c.attention_scale is None else c.attention_scale)
     return {name: value for name, value in d.items() if name not in drop.split()}
 
+# %% ../nbs/04b_hub.ipynb #5fa5b102
 def hf_config(
     config:TransformerConfig, # ours
 ): # transformers' configuration of the first family that can say all of it
@@ -156,6 +159,7 @@ def hf_config(
     name = min(problems, key=lambda n: (len(problems[n]), n not in ('llama', 'gpt2')))
     raise LmnotesError(f'no family of transformers can represent this model; the nearest is {name}, but for {", ".join(problems[name][:6])}')
 
+# %% ../nbs/04b_hub.ipynb #6d4e9007
 def their_weights(
     model:Transformer, # ours
     family:Family, # theirs
@@ -170,6 +174,7 @@ def their_weights(
     if c.head is None: weights = {n.removeprefix(family.prefix): t for n, t in weights.items()}
     return weights
 
+# %% ../nbs/04b_hub.ipynb #3353130f
 def to_hf(
     model:Transformer, # ours
 )->nn.Module: # a transformers model with copies of its weights, in eval mode

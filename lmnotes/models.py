@@ -78,7 +78,7 @@ class TransformerConfig:
     family:str|None = None            # model_type in transformers of the model that the weights came from
     def __post_init__(self): self.check()
 
-# %% ../nbs/04_models.ipynb #eafd234e
+# %% ../nbs/04_models.ipynb #865331d4
 _choices = dict(kind=['decoder', 'encoder', 'encoder-decoder'], norm=['rms', 'layer'], activation=list(ACTIVATIONS),
                 positions=['rotary', 'learned', 'sinusoidal', 'alibi', 'relative', None], head=['lm', 'classification', 'tagging', None])
 
@@ -107,6 +107,7 @@ def check(self:TransformerConfig):
         require(ok, name, value, f'None or numbers of blocks from 0 to {self.n_layers - 1}')
     self.check_together()
 
+# %% ../nbs/04_models.ipynb #b0cfb0c4
 @patch
 def check_together(self:TransformerConfig):
     "Raise LmnotesError for fields that do not go together."
@@ -124,6 +125,7 @@ def check_together(self:TransformerConfig):
     require(self.share_embed or self.kind == 'encoder-decoder' and not self.tie, 'share_embed', False, 'True, but for an encoder-decoder with tie=False')
     require(self.start_id is None or 0 <= self.start_id < self.vocab_size, 'start_id', self.start_id, f'None or from 0 to {self.vocab_size - 1}')
 
+# %% ../nbs/04_models.ipynb #4f546f26
 @patch(as_prop=True)
 def tied(self:TransformerConfig)->bool:
     "Whether the output matrix is the embedding."
@@ -288,7 +290,7 @@ def relate(self:Stack, T, S, position_ids):
         rotate = lambda t: apply_rope(t, cos, sin)
     return bias, rotate
 
-# %% ../nbs/04_models.ipynb #ec4b8196
+# %% ../nbs/04_models.ipynb #8b1a8484
 class HeadTransform(nn.Module):
     "One more layer before the head: BERT's dense layer with activation and norm (lm), or its pooler with tanh."
     def __init__(self, config:TransformerConfig # shape of the model
@@ -313,6 +315,7 @@ def _leave_out_head(model, state, prefix, _): state.pop(prefix + 'head.weight', 
 def _put_back_head(model, state, prefix, *_):
     if prefix + 'embed.weight' in state: state[prefix + 'head.weight'] = state[prefix + 'embed.weight']
 
+# %% ../nbs/04_models.ipynb #cae4dae0
 class Transformer(nn.Module):
     "A decoder, an encoder, or both, with a head. Called as the models of `transformers` are."
     def __init__(self, config:TransformerConfig # its shape
@@ -411,7 +414,7 @@ def prepare_decoder_input_ids_from_labels(self:Transformer,
         require(not (shifted == -100).any(), 'pad_id', pad, 'a token id in the configuration, to stand for -100')
     return shifted.masked_fill(shifted == -100, 0 if outside else pad)
 
-# %% ../nbs/04_models.ipynb #8abd94c6
+# %% ../nbs/04_models.ipynb #7ba78d53
 def check_ids(
     ids, # what the caller gave
     rows:int, # rows of the table they choose from
@@ -443,6 +446,7 @@ def check_labels(labels, shape, c:TransformerConfig):
     low, high = labels.masked_fill(labels == -100, 0).aminmax()
     require(low >= 0 and high < n, 'a label in labels', int(low) if low < 0 else int(high), f'-100 or from 0 to {n - 1}')
 
+# %% ../nbs/04_models.ipynb #69481064
 def check_call(
     c:TransformerConfig, # of the model that is called
     input_ids, attention_mask, labels, cache, token_type_ids, decoder_input_ids, decoder_attention_mask, encoder_outputs, # what it got

@@ -287,7 +287,7 @@ def built(family, head='lm', **settings):
     return model
 
 
-def same(ours, ref, ids=IDS, **more):
+def assert_same(ours, ref, ids=IDS, **more):
     if ours.config.kind == 'encoder-decoder': more.setdefault('decoder_input_ids', ids.flip(0))
     what = 'logits' if ours.config.head else 'last_hidden_state'
     with torch.no_grad(): assert_close(*(getattr(m(input_ids=ids, **more), what) for m in (ours, ref)), atol=1e-4, rtol=1e-4)
@@ -297,8 +297,8 @@ def same(ours, ref, ids=IDS, **more):
 def test_default_settings(family):
     "A configuration in which only sizes are given: special ids and all the rest as the class has them."
     ref = built(family)
-    same(from_hf(ref), ref)
-    same(from_hf(ref), to_hf(from_hf(ref)))
+    assert_same(from_hf(ref), ref)
+    assert_same(from_hf(ref), to_hf(from_hf(ref)))
 
 
 @pytest.mark.parametrize('settings', [dict(family='llama', sliding_window=3), dict(family='llama', layer_types=['sliding_attention', 'full_attention'], sliding_window=3), dict(family='llama', no_rope_layers=[0, 1]),
@@ -307,7 +307,7 @@ def test_default_settings(family):
                                       dict(family='llama', rope_parameters=dict(rope_type='dynamic', factor=3., rope_theta=1e3, original_max_position_embeddings=4), max_position_embeddings=32)])
 def test_settings_that_the_class_ignores_are_ignored(settings):
     ref = built(**settings)
-    same(from_hf(ref), ref)
+    assert_same(from_hf(ref), ref)
 
 
 @pytest.mark.parametrize('head', ['lm', None])
@@ -315,10 +315,10 @@ def test_bart_with_tables_of_its_own_on_each_side(head, tmp_path):
     ref = built('bart', head, tie_word_embeddings=False)
     ours = from_hf(ref)
     assert not ours.config.share_embed
-    same(ours, ref)
-    same(ours, to_hf(ours))
+    assert_same(ours, ref)
+    assert_same(ours, to_hf(ours))
     ref.save_pretrained(tmp_path/'theirs'); ours.save_pretrained(tmp_path/'ours')
-    for name in ('theirs', 'ours'): same(load_model(tmp_path/name), load_model(tmp_path/name, native=False)); same(load_model(tmp_path/name), ref)
+    for name in ('theirs', 'ours'): assert_same(load_model(tmp_path/name), load_model(tmp_path/name, native=False)); assert_same(load_model(tmp_path/name), ref)
 
 
 def test_untied_heads_and_odd_models_survive_saving(tmp_path):
@@ -327,7 +327,7 @@ def test_untied_heads_and_odd_models_survive_saving(tmp_path):
         torch.manual_seed(0)
         ours = build(41, **dict(d_model=16, n_heads=2, n_layers=2, d_ff=24, init_std=.3) | dict({} if build is t5 else dict(max_len=32)) | fields).eval()
         ours.save_pretrained(tmp_path/str(i))
-        same(load_model(tmp_path/str(i)), ours); same(ours, to_hf(ours)); same(ours, load_model(tmp_path/str(i), native=False))
+        assert_same(load_model(tmp_path/str(i)), ours); assert_same(ours, to_hf(ours)); assert_same(ours, load_model(tmp_path/str(i), native=False))
     for bad in (lambda: t5(41, head_bias=True, d_model=16, n_heads=2).save_pretrained(tmp_path/'x'), lambda: gpt2(41, d_model=16, n_heads=2).save_pretrained(tmp_path/'y', dtype=torch.int32)):
         with pytest.raises(LmnotesError): bad()
 
@@ -338,7 +338,7 @@ def test_t5_in_float16_with_a_layer_kept_in_float32():
         if hasattr(m, 'wo'): m.wo.float()
     ours = from_hf(ref)
     assert {p.dtype for p in ours.parameters()} == {torch.float16}
-    same(ours.float(), ref.float())
+    assert_same(ours.float(), ref.float())
 
 
 def test_tied_weights_are_stored_once_and_come_back(tmp_path):

@@ -30,7 +30,7 @@ def draw(seed, kind):
     return Transformer(TransformerConfig(41, **fields)).eval()
 
 
-def near(a, b): assert_close(a, b, atol=2e-5, rtol=1e-4)
+def assert_near(a, b): assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize('grow', [True, False])
@@ -54,7 +54,7 @@ def test_cached_equals_whole_with_left_padding(kind, grow):
                 n = min(r.choice([1, 1, 2, 5]), 12 - at)
                 outs.append(step(at, at + n, cache).logits)
                 at += n
-            near(torch.cat(outs, 1)[mask], whole.logits[mask])
+            assert_near(torch.cat(outs, 1)[mask], whole.logits[mask])
 
 
 @pytest.mark.parametrize('kind', ['decoder', 'encoder', 'encoder-decoder'])
@@ -71,7 +71,7 @@ def test_padded_rows_equal_single_ones(kind):
                 batch = model(ids, attention_mask=mask, position_ids=positions, **more).logits
                 for row in range(3):
                     one = model(ids[row:row + 1, mask[row]], **{k: v[row:row + 1] for k, v in more.items()}).logits[0]
-                    near(batch[row] if more else batch[row, mask[row]], one)
+                    assert_near(batch[row] if more else batch[row, mask[row]], one)
 
 
 @pytest.mark.parametrize('kind', ['decoder', 'encoder'])
@@ -82,7 +82,7 @@ def test_packed_rows_equal_separate_ones(kind):
         places = torch.tensor([[*range(4), *range(5), *range(3)]])
         with torch.no_grad():
             packed = model(ids, attention_mask=segment_mask(segments), position_ids=places).logits
-            for s in range(3): near(packed[:, segments[0] == s], model(ids[:, segments[0] == s]).logits)
+            for s in range(3): assert_near(packed[:, segments[0] == s], model(ids[:, segments[0] == s]).logits)
 
 
 def test_decoders_do_not_look_ahead():
