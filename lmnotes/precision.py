@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'autocast', 'choose_precision', 'LossScaler', 'recompute', 'out_of_memory', 'free_memory', 'split_batch']
 
-# %% ../nbs/06c_precision.ipynb #04fa467d
-import gc, traceback
+# %% ../nbs/06c_precision.ipynb #a08cd014
+import ctypes, gc, sys, traceback
 from contextlib import nullcontext
 from functools import partial
 
@@ -128,7 +128,7 @@ def recompute(model:nn.Module, # a Transformer, a model of transformers, or what
         call(*[dict(use_reentrant=False)] * on)
     return model
 
-# %% ../nbs/06c_precision.ipynb #89e711ef
+# %% ../nbs/06c_precision.ipynb #1db7633b
 _no_memory = ('out of memory', "can't allocate memory", 'not enough memory', 'CUBLAS_STATUS_ALLOC_FAILED')
 
 def out_of_memory(e:BaseException # what was caught
@@ -139,7 +139,7 @@ def out_of_memory(e:BaseException # what was caught
 
 def free_memory(error:BaseException|None=None # what was caught; its frames let go of their tensors
                 ):
-    "Give back what nobody uses: dead objects, the frames of an error that is dealt with, the device's cached blocks."
+    "Give back what nobody uses: dead objects, the frames of an error that is dealt with, what the allocators keep for later."
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -149,6 +149,8 @@ def free_memory(error:BaseException|None=None # what was caught; its frames let 
     for name in ('cuda', 'xpu', 'mps'):
         device = getattr(torch, name)
         if device.is_available() and (name == 'mps' or device.is_initialized()): device.empty_cache()
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None        # glibc's
+    if trim is not None: trim(0)
 
 # %% ../nbs/06c_precision.ipynb #eb281251
 def split_batch(batch:dict, # name -> tensor; the first dimension of input_ids (else of the first tensor) is B
