@@ -6,7 +6,7 @@
 __all__ = ['mix', 'seed_all', 'kept_randomness', 'row_order', 'in_order', 'by_length', 'draws_nothing', 'Rows', 'Stream',
            'fingerprint']
 
-# %% ../nbs/06e_loaders.ipynb #61cd2414
+# %% ../nbs/06e_loaders.ipynb #562ad6ba
 import hashlib, random, struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from itertools import chain, count, islice
 import numpy as np
 import torch
 from torch import Tensor
-from .core import LmnotesError, LmnotesTypeError, require
+from .core import LmnotesTypeError, require
 
 # %% ../nbs/06e_loaders.ipynb #7290609c
 def mix(*numbers:int # whole numbers, such as seed, epoch, row
@@ -80,7 +80,7 @@ def draws_nothing(rows)->bool:
     if isinstance(rows, (list, tuple, Tensor, np.ndarray)): return True
     return type(rows).__module__.startswith('datasets.') and getattr(rows, 'format', {}).get('type') != 'custom'
 
-# %% ../nbs/06e_loaders.ipynb #214191d0
+# %% ../nbs/06e_loaders.ipynb #9f4a9dfb
 class Rows:
     """Micro-batches of rows, each a pure function of (step, place): `source[step, i]` is micro-batch i of a step, a dict, or None where
     the epoch's last step is short. Whatever reading a row or collating draws is seeded by (seed, epoch, row) and (seed, step, i)."""
@@ -135,9 +135,13 @@ class Rows:
             mine = range(rank, self.per_step, processes)
             yield [(self.names(step, i), next(batches) if num_workers else self[step, i]) for i in mine]
 
+    def once(self, rank:int=0, processes:int=1)->Iterator[dict|None]: # batches, None to make the numbers equal
+        "What falls to one process in one pass over all rows."
+        for step in self.read(0, self.steps_per_epoch, rank, processes): yield from (batch for _, batch in step)
+
 def _same(x): return x
 
-# %% ../nbs/06e_loaders.ipynb #4ad31e02
+# %% ../nbs/06e_loaders.ipynb #7e73776f
 class Stream:
     """Micro-batches from an iterable, in its order: dict batches, or rows to be collated. It is read from its start in each epoch, after seeding by (seed, epoch),
     so a shuffling DataLoader is reproducible, too; going on after a restart reads and drops what was used. `set_epoch` is called where there is one."""
@@ -158,22 +162,23 @@ class Stream:
         else:
             while rows := list(islice(items, self.batch_size)): yield self.collate_fn(rows)
 
-    def steps(self)->Iterator[list]:
-        "All steps, one epoch after the other: lists of at most per_step (name, batch)."
-        for e in count():
-            batches, n = self.epoch(e), 0
-            while step := [([f'batch {n + i} of epoch {e}'], b) for i, b in enumerate(islice(batches, self.per_step))]:
-                n += len(step)
-                yield step
-            require(n > 0, 'train', type(self.source).__name__, 'an iterable that can be read again each epoch, or has enough batches for all steps')
+    def one_pass(self, e:int)->Iterator[list]:
+        "The steps of an epoch: lists of per_step (name, batch), (nothing, None) where the last is short."
+        batches, n = self.epoch(e), 0
+        while step := list(islice(batches, self.per_step)):
+            for i, b in enumerate(step): _check_batch(f'batch {n + i} of epoch {e}', b)
+            yield [([f'batch {n + i} of epoch {e}'], b) for i, b in enumerate(step)] + [([], None)] * (self.per_step - len(step))
+            n += len(step)
+        require(n > 0, 'train', type(self.source).__name__, 'an iterable that can be read again in each epoch, or has enough for all steps')
 
     def read(self, start:int, stop:int, rank:int=0, processes:int=1, num_workers:int=0, pin:bool=False)->Iterator[list]:
         "As in Rows. Workers are the iterable's own affair."
-        require(not num_workers, 'num_workers', num_workers, '0 for an iterable of batches; give a DataLoader with workers as train')
-        for step in islice(self.steps(), start, stop):
-            for name, batch in step: _check_batch(name[0], batch)
-            step = step + [([], None)] * (self.per_step - len(step))
-            yield step[rank::processes]
+        require(not num_workers, 'num_workers', num_workers, '0 for an iterable; a DataLoader as train brings its own workers')
+        for step in islice(chain.from_iterable(map(self.one_pass, count())), start, stop): yield step[rank::processes]
+
+    def once(self, rank:int=0, processes:int=1)->Iterator[dict|None]: # batches, None to make the numbers equal
+        "What falls to one process in one pass over all."
+        for step in self.one_pass(0): yield from (batch for _, batch in step[rank::processes])
 
 def _check_batch(name, batch): require(isinstance(batch, Mapping), name, type(batch).__name__, 'a dictionary of tensors; give collate_fn for rows', LmnotesTypeError)
 

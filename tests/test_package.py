@@ -9,12 +9,13 @@ PACKAGE = ROOT/'lmnotes'
 FLOORS = [                                    # imports run down, and to the left within a floor
     'safe core cli ngram',
     'batches data lm masks cache capture blocks attention positions checkpoints',
-    'inputs loss costs recurrent models families objectives training decoding metrics',
-    'hub adapters search regularizers',
+    'inputs loss costs recurrent models families objectives',
+    'optimizers loaders precision distributed diagnosis loggers report scoring callbacks resuming training tuning decoding metrics',
+    'hub shell adapters search regularizers',
     'finetuning prompting',
     'widgets',
 ]
-LATE = {('models', 'hub')}                     # save_pretrained asks the module above when it is called
+LATE = {('models', 'hub'), ('cli', 'shell')}   # save_pretrained and `lmnotes train` ask the module above when they are called
 ORDER = ' '.join(FLOORS).split()
 MODULES = [m for m in ORDER if (PACKAGE/f'{m}.py').exists()]
 HEAVY = ['transformers', 'datasets', 'accelerate', 'plotly', 'pandas', 'ipywidgets', 'IPython', 'nltk', 'kenlm', 'datasketch', 'sklearn']
