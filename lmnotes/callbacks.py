@@ -6,7 +6,7 @@
 __all__ = ['Progress', 'put', 'copies', 'ended', 'EMA', 'Validate', 'best_weights', 'validation_losses', 'sparkline', 'smoothed',
            'LiveCurve', 'in_notebook', 'ActivationStats', 'GradientStats', 'first_bad_module']
 
-# %% ../nbs/06d_callbacks.ipynb #71442b0d
+# %% ../nbs/06d_callbacks.ipynb #1cee01b5
 import math, sys, time
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate
@@ -16,12 +16,14 @@ from torch import nn
 
 from .core import require
 from .checkpoints import load_checkpoint
+from .distributed import cut, gather, state_of
+from .optimizers import average_
 from .diagnosis import ActivationStats, GradientStats, first_bad_module
 
-# %% ../nbs/06d_callbacks.ipynb #d9dabc4e
-_all_ = ['ActivationStats', 'GradientStats', 'first_bad_module'] # made in chapter 06j and offered here too
+# %% ../nbs/06d_callbacks.ipynb #831fc054
+_all_ = ['ActivationStats', 'GradientStats', 'first_bad_module'] # made in chapter 06l and offered here too
 
-# %% ../nbs/06d_callbacks.ipynb #be3398b6
+# %% ../nbs/06d_callbacks.ipynb #8b9dc47d
 class Progress:
     "A callback: a bar with steps, time left, loss and tokens a second, drawn by the first process."
     def __init__(self): self.bar = None
@@ -29,76 +31,75 @@ class Progress:
         from tqdm.auto import tqdm
         if learn.main: self.bar = tqdm(total=learn.total, initial=learn.step, unit='step', smoothing=.1)
     def after_step(self, learn):
-        if self.bar is None or not learn.history: return
-        self.bar.update(learn.step - self.bar.n)                        # 0 after a step that was skipped
+        if self.bar is None: return
+        self.bar.update()
         said = [f"loss {learn.history[-1]['loss']:.3f}", f'{learn.tokens / learn.seconds:,.0f} tokens/s']
-        if learn.skipped: said.append(f'{learn.skipped} skipped')
+        if learn.scaler and learn.scaler.skipped: said.append(f'{learn.scaler.skipped} skipped')
         self.bar.set_postfix_str(', '.join(said), refresh=False)
     def after_fit(self, learn):
         if self.bar is not None: self.bar.close()
         self.bar = None
 
-# %% ../nbs/06d_callbacks.ipynb #69746a6c
-def put(into:dict, # name -> parameter or tensor
-        tensors:dict, # name -> tensor of the same shape, at least of these names
+# %% ../nbs/06d_callbacks.ipynb #abc5b8df
+def put(into:dict, # name -> parameter, buffer or tensor; changed
+        tensors:dict, # name -> tensor of the same shape, whole or sharded in the same way; at least these names
 ):
-    "Copy tensors into others, in place."
+    "Copy tensors into others."
+    def fit(x, t): return cut(x, t) if hasattr(t, 'full_tensor') and not hasattr(x, 'full_tensor') else x
     with torch.no_grad():
-        for n, t in into.items(): t.copy_(tensors[n])
+        for n, t in into.items(): t.copy_(fit(tensors[n], t))
 
-def copies(model:nn.Module # any
-)->dict: # name -> tensor on the CPU
-    "Copies of all parameters."
-    return {n: p.detach().to('cpu', copy=True) for n, p in model.named_parameters()}
+def copies(named:dict, # name -> tensor
+)->dict: # name -> a tensor of its own, without gradient
+    "Copies of tensors, where those are."
+    return {n: t.detach().clone() for n, t in named.items()}
 
-def ended(learn)->bool: # not after an interrupt or an error on the way
-    "Whether the run is over, by its steps or because a callback stopped it."
+def ended(learn)->bool:
+    "Whether a run is over, by its steps or because a callback stopped it; an interrupt or an error is not the end."
     return learn.stop or learn.step >= learn.total
 
-# %% ../nbs/06d_callbacks.ipynb #fc8a797f
+# %% ../nbs/06d_callbacks.ipynb #97a65ff8
 class EMA:
-    """A callback: an exponential average of the trained parameters, equation (6d.2), in float32 or finer. At the end of a run
-    it takes their place, unless swap is False; then `applied` shows what it would do."""
+    """A callback: an exponential average of the trained parameters, equation (6d.1), in float32 or finer. Validation and, at
+    the end, the model itself get the averages, unless swap is False."""
     def __init__(self,
         decay:float=.999, # in [0,1): the average reaches back about 1/(1 - decay) steps
         swap:bool=True, # whether validation and the finished model use the averages
     ):
-        require(isinstance(decay, (int, float)) and 0 <= decay < 1, 'decay', decay, 'in [0,1)')
-        self.decay, self.swap, self.updates, self.averages, self.loaded, self.aside = decay, swap, 0, {}, None, None
+        require(isinstance(decay, (int, float)) and 0 <= decay < 1, 'decay', decay, 'a number in [0,1)')
+        self.decay, self.swap, self.updates, self.averages, self.loaded, self.aside = decay, swap, 0, {}, {}, {}
     def before_fit(self, learn):
-        self.at, self.trained = learn.step, {n: p for n, p in learn.model.named_parameters() if p.requires_grad}
-        if self.aside: put(self.trained, self.aside)                    # going on after an end: from the trained weights
+        self.trained = {n: p for n, p in learn.model.named_parameters() if p.requires_grad}
+        put({n: p for n, p in self.trained.items() if self.aside}, self.aside)      # going on after an end
         if not self.averages:
-            self.averages = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for n, p in self.trained.items()}
-        if self.loaded: put(self.averages, self.loaded)
-        self.loaded = self.aside = None
+            wide = {n: torch.promote_types(p.dtype, torch.float32) for n, p in self.trained.items()}
+            self.averages = {n: p.detach().to(wide[n], copy=True) for n, p in self.trained.items()}
+        put({n: a for n, a in self.averages.items() if self.loaded}, self.loaded)
+        self.loaded, self.aside = {}, {}
     def after_step(self, learn):
-        if learn.step == self.at: return                                # a skipped step changes nothing
-        self.at, self.updates = learn.step, self.updates + 1
-        new = (1 - self.decay) / (1 - self.decay**self.updates)         # weight of the newest: 1 at first
-        with torch.no_grad():
-            for n, p in self.trained.items(): self.averages[n].lerp_(p.to(self.averages[n].dtype), new)
+        self.updates += 1
+        average_(list(self.averages.values()), list(self.trained.values()), self.decay, self.updates)
     @contextmanager
     def applied(self, model:nn.Module # the learner's
     ):
         "Inside the block the model has the averages; afterwards, bit by bit, the weights that it had."
         named = {n: p for n, p in model.named_parameters() if n in self.averages}
-        kept = {n: p.detach().clone() for n, p in named.items()}
+        kept = copies(named)
         try:
             put(named, self.averages)
             yield model
         finally: put(named, kept)
     def after_fit(self, learn):
-        if not (self.swap and ended(learn) and self.updates): return
-        self.aside = {n: p.detach().clone() for n, p in self.trained.items()}
-        put(self.trained, self.averages)
+        if self.swap and self.updates and ended(learn):
+            self.aside = copies(self.trained)
+            put(self.trained, self.averages)
     def state_dict(self)->dict: return dict(decay=self.decay, updates=self.updates)
-    def tensors(self)->dict: return dict(self.averages)
+    def tensors(self)->dict: return gather(self.averages)
     def load_state_dict(self, state, tensors):
         require(state['decay'] == self.decay, 'decay', self.decay, f"{state['decay']}, as before the run was resumed")
-        self.updates, self.loaded, self.aside = state['updates'], tensors, None
+        self.updates, self.loaded, self.aside = state['updates'], tensors, {}
 
-# %% ../nbs/06d_callbacks.ipynb #d4d96cd0
+# %% ../nbs/06d_callbacks.ipynb #1934a75e
 class Validate:
     """A callback: scores the validation rows every so many steps and after the last one, in `losses`. It stops the run when
     nothing improves for `patience` scores in a row, and puts the best weights back at the end."""
@@ -114,10 +115,6 @@ class Validate:
         require(min_delta >= 0, 'min_delta', min_delta, '0 or more')
         self.every, self.patience, self.restore, self.min_delta = every, patience, restore, min_delta
         self.losses, self.best, self.best_step, self.bad, self.kept = [], None, None, 0, None
-    @property
-    def over(self)->bool:
-        "Whether patience is at its end."
-        return self.patience is not None and self.bad >= self.patience
     def before_fit(self, learn):
         require(learn.valid is not None, 'valid', None, 'rows to validate on')
         averages = [cb for cb in learn.cbs if isinstance(cb, EMA) and cb.swap]
@@ -126,36 +123,35 @@ class Validate:
         lost = self.restore and self.best_step is not None and learn.out_dir is None and self.kept is None
         require(not lost, 'out_dir', None, f'the folder whose checkpoint of step {self.best_step} has the best weights')
         self.ema = averages[0] if averages else None
-        learn.best_step, learn.stop = self.best_step, learn.stop or self.over
+        learn.best_step = self.best_step
     def after_step(self, learn):
         if learn.step % self.every and learn.step < learn.total: return
-        if self.losses and self.losses[-1]['step'] == learn.step: return            # the step was skipped
         with self.ema.applied(learn.model) if self.ema else nullcontext():
             score = learn.validate()
             loss = score.nll / score.n_tokens
             require(math.isfinite(loss), f'the validation loss after step {learn.step}', loss, 'a finite number')
             better = self.best is None or loss < self.best - self.min_delta
-            if better and self.restore and learn.out_dir is None: self.kept = copies(learn.model)
+            if better and self.restore and learn.out_dir is None: self.kept = copies(state_of(learn.model))
         self.losses.append(dict(step=learn.step, loss=loss, tokens=learn.tokens))
         self.bad = 0 if better else self.bad + 1
         if better: self.best, self.best_step = loss, learn.step
-        learn.best_step, learn.stop = self.best_step, learn.stop or self.over
+        learn.best_step = self.best_step
+        if self.patience is not None and self.bad >= self.patience: learn.stop = True
     def after_fit(self, learn):
         if self.restore and ended(learn) and self.best_step not in (None, learn.step):
-            put(dict(learn.model.named_parameters()), best_weights(learn, self))
+            put(state_of(learn.model), best_weights(learn, self))
     def state_dict(self)->dict: return {k: getattr(self, k) for k in ('losses', 'best', 'best_step', 'bad')}
     def load_state_dict(self, state, tensors=None): vars(self).update(state)
 
-# %% ../nbs/06d_callbacks.ipynb #f47b6750
+# %% ../nbs/06d_callbacks.ipynb #cceb7b0a
 def best_weights(learn, # a learner
                  validate:Validate, # its callback
                  )->dict: # name -> tensor
     "The weights of the best score: kept in memory, or in the checkpoint of that step where the run has a folder."
     if learn.out_dir is None: return validate.kept
     tensors, _ = load_checkpoint(learn.out_dir/f'step-{validate.best_step:06d}')
-    start = f'{learn.cbs.index(validate.ema)}.' if validate.ema else ' '
-    averages = {k.removeprefix(start): t for k, t in tensors.get('callbacks', {}).items() if k.startswith(start)}
-    return tensors['model'] | averages
+    averages = [cb for cb in learn.cbs if type(cb) is type(validate.ema)]
+    return tensors['model'] | (tensors[f'{type(validate.ema).__name__}-{averages.index(validate.ema)}'] if averages else {})
 
 def validation_losses(learn)->list: # of dict(step, loss, tokens)
     "What a Validate among the callbacks has found so far."
