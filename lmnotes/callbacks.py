@@ -20,8 +20,8 @@ from .distributed import cut, gather, state_of
 from .optimizers import average_
 from .diagnosis import ActivationStats, GradientStats, first_bad_module
 
-# %% ../nbs/06d_callbacks.ipynb #831fc054
-_all_ = ['ActivationStats', 'GradientStats', 'first_bad_module'] # made in chapter 06l and offered here too
+# %% ../nbs/06d_callbacks.ipynb #d9dabc4e
+_all_ = ['ActivationStats', 'GradientStats', 'first_bad_module'] # made in chapter 06j and offered here too
 
 # %% ../nbs/06d_callbacks.ipynb #8b9dc47d
 class Progress:
