@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from .core import LmnotesTypeError, require
 
-# %% ../nbs/06e_loaders.ipynb #7290609c
+# %% ../nbs/06e_loaders.ipynb #d9e8e048
 def mix(*numbers:int # whole numbers, such as seed, epoch, row
 )->int: # 0 to 2**63 - 1
     "One seed from several numbers: equal for equal numbers, in any process, and else as if drawn."
@@ -31,7 +31,7 @@ def seed_all(*numbers:int # as for mix
     torch.default_generator.manual_seed(seed)              # torch.manual_seed asks for devices each time: 100 times as long
     for device in (torch.cuda, torch.xpu):
         if device.is_initialized(): device.manual_seed(seed)
-    if torch.backends.mps.is_available(): torch.mps.manual_seed(seed)
+    if torch.backends.mps.is_built(): torch.mps.manual_seed(seed)
 
 # %% ../nbs/06e_loaders.ipynb #cbcf154c
 @contextmanager
@@ -80,7 +80,7 @@ def draws_nothing(rows)->bool:
     if isinstance(rows, (list, tuple, Tensor, np.ndarray)): return True
     return type(rows).__module__.startswith('datasets.') and getattr(rows, 'format', {}).get('type') != 'custom'
 
-# %% ../nbs/06e_loaders.ipynb #9f4a9dfb
+# %% ../nbs/06e_loaders.ipynb #e0260b6c
 class Rows:
     """Micro-batches of rows, each a pure function of (step, place): `source[step, i]` is micro-batch i of a step, a dict, or None where
     the epoch's last step is short. Whatever reading a row or collating draws is seeded by (seed, epoch, row) and (seed, step, i)."""
@@ -112,9 +112,9 @@ class Rows:
         start = (at * self.per_step + i) * self.batch_size
         return self.epoch(epoch)[start:start + self.batch_size].tolist()
 
-    def __getitem__(self, key:tuple[int, int])->dict|None:
-        step, i = key
-        names = self.names(step, i)
+    def __getitem__(self, key:tuple)->dict|None: # (step, i), and perhaps the names
+        step, i, *names = key
+        names = names[0] if names else self.names(step, i)
         if not names: return None
         if self.plain and hasattr(self.rows, '__getitems__'): rows = self.rows.__getitems__(names)
         else: rows = [self.row(step // self.steps_per_epoch, j) for j in names]
@@ -132,8 +132,8 @@ class Rows:
             from torch.utils.data import DataLoader
             batches = iter(DataLoader(self, batch_size=None, sampler=keys, num_workers=num_workers, collate_fn=_same, pin_memory=pin))
         for step in range(start, stop):
-            mine = range(rank, self.per_step, processes)
-            yield [(self.names(step, i), next(batches) if num_workers else self[step, i]) for i in mine]
+            mine = [(step, i, self.names(step, i)) for i in range(rank, self.per_step, processes)]
+            yield [(key[2], next(batches) if num_workers else self[key]) for key in mine]
 
     def once(self, rank:int=0, processes:int=1)->Iterator[dict|None]: # batches, None to make the numbers equal
         "What falls to one process in one pass over all rows."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['token_loss', 'Scored']
 
-# %% ../nbs/06l_scoring.ipynb #ee6fae5e
-from collections.abc import Callable, Mapping
+# %% ../nbs/06l_scoring.ipynb #13d28988
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from .lm import causal_targets, evaluating, model_kind
 from .inputs import model_inputs
 from .loss import LMOutput
 
-# %% ../nbs/06l_scoring.ipynb #80ab7567
-_head_read = WeakKeyDictionary()
+# %% ../nbs/06l_scoring.ipynb #d615e76a
+_plain_head = WeakKeyDictionary()
 
 def _without_logits(model, inputs):
-    "What the output matrix reads, from a model of transformers whose logits are not made: its head is left out of the forward"
+    "What the output matrix reads: the model runs with a head that hands its input on instead of making logits"
     head, seen = model.get_output_embeddings(), []
     def pass_on(h): seen.append(h); return h[..., :1]
     head.forward = pass_on
@@ -27,57 +27,74 @@ def _without_logits(model, inputs):
     finally: del head.forward
     return LMOutput(seen[0], head.weight, head.bias)
 
-def _reads_plainly(model, inputs):
-    "Whether logits are the head's product and nothing else, found by trying on one row"
+def _try(model, inputs):
+    "Whether the logits of one row are the head's product and nothing else, such as a bias or a bend added later"
+    row = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
+    with evaluating(model):
+        try: a, b = model(**row).logits.float(), _without_logits(model, row).logits.float()
+        except (TypeError, IndexError, RuntimeError): return False
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-4 * a.abs().max())
+
+def _needs_no_logits(model, inputs):
     head = getattr(model, 'get_output_embeddings', lambda: None)()
     if type(head) is not nn.Linear or model._compiled_call_impl is not None: return False
-    if model not in _head_read:
-        row = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
-        with evaluating(model):
-            try: a, b = model(**row).logits.float(), _without_logits(model, row).logits.float()
-            except (TypeError, IndexError, RuntimeError): a = b = None
-        _head_read[model] = a is not None and a.shape == b.shape and bool((a - b).abs().max() <= 1e-4 * a.abs().max())
-    return _head_read[model]
+    if model not in _plain_head: _plain_head[model] = _try(model, inputs)
+    return _plain_head[model]
 
-# %% ../nbs/06l_scoring.ipynb #5512c4a3
-def token_loss(
-    model:nn.Module, # ours or transformers', a language model or one with another head
-    batch:Mapping, # input_ids (B,T), labels and what else the model takes
-)->tuple[Tensor|float, int]: # sum over the scored labels, in nats for a language model; their number
-    """What a Learner minimizes: the sum in equation (6.1) and its count. Logits are not made where the model allows it. A head that is no language model's is asked for `.loss`, a mean,
-    times its labels. A batch without a scored label gives (0, 0). LmnotesError names what the batch lacks."""
-    require(isinstance(batch, Mapping), 'batch', type(batch).__name__, 'a dictionary of tensors', LmnotesTypeError)
-    name, config = type(model).__name__, getattr(model, 'config', None)
-    if not hasattr(config, 'kind') and not hasattr(model, 'get_output_embeddings') or getattr(config, 'head', 'lm') != 'lm' or name.endswith(('Classification', 'Answering', 'Choice')):
-        return _own_loss(model, batch)
-    inputs, kind = model_inputs(model, batch), model_kind(model)
-    require(kind == 'causal' or batch.get('labels') is not None, 'labels', None, f'ids: a {kind} model does not predict its input_ids')
-    targets = causal_targets(inputs) if kind == 'causal' else inputs.pop('labels')
-    inputs.pop('labels', None)
-    n = int((targets != -100).sum())
-    if n == 0: return 0., 0
-    if kind == 'seq2seq' and 'decoder_input_ids' not in inputs: inputs['decoder_input_ids'] = model.prepare_decoder_input_ids_from_labels(targets)
-    if hasattr(config, 'model_type'):
-        inputs['use_cache'] = False
-        out = _without_logits(model, inputs) if _reads_plainly(model, inputs) else model(**inputs)
-    else: out = model(**inputs)
-    if hasattr(out, 'nll'): return out.nll(targets), n
-    return F.cross_entropy(out.logits.flatten(0, -2).float(), targets.flatten().to(out.logits.device), reduction='sum'), n
-
+# %% ../nbs/06l_scoring.ipynb #0b07044a
 def _own_loss(model, batch):
+    "The model's mean loss times its labels"
     labels = batch.get('labels')
     require(isinstance(labels, Tensor), 'labels', labels, f'a tensor, for the loss of a {type(model).__name__}')
     n = len(labels) if labels.is_floating_point() else int((labels != -100).sum())
-    return (model(**batch).loss * n, n) if n else (0., 0)
+    if n == 0: return 0., 0
+    out = model(**batch)
+    return (out['loss'] if isinstance(out, Mapping) else out.loss) * n, n
 
-# %% ../nbs/06l_scoring.ipynb #fe61f0f9
+def _is_language_model(model):
+    config, name = getattr(model, 'config', None), type(model).__name__
+    other = getattr(config, 'head', 'lm') != 'lm' or name.endswith(('Classification', 'Answering', 'Choice'))
+    return not other and (hasattr(config, 'kind') or hasattr(model, 'get_output_embeddings'))
+
+# %% ../nbs/06l_scoring.ipynb #51176ee3
+def token_loss(
+    model:nn.Module, # ours or transformers', a language model or one with another head
+    batch:Mapping, # input_ids (B,T), labels and what else the model takes
+)->tuple[Tensor|float, int]: # sum over the scored labels, in nats for a language model, with its graph; their number
+    """The sum in equation (6l.1) and its count. Logits are not made where the model allows it. A head that is no language model's
+    is asked for its loss, a mean, times its labels. Nothing scored gives (0, 0). LmnotesError names what the batch lacks."""
+    require(isinstance(batch, Mapping), 'batch', type(batch).__name__, 'a dictionary of tensors', LmnotesTypeError)
+    if not _is_language_model(model): return _own_loss(model, batch)
+    kind, labels, theirs = model_kind(model), batch.get('labels'), hasattr(getattr(model, 'config', None), 'model_type')
+    require(kind == 'causal' or labels is not None, 'labels', None, f'ids: a {kind} model does not predict its input_ids')
+    inputs = dict(batch) if batch.keys() <= {'input_ids', 'labels'} else model_inputs(model, batch)
+    targets = causal_targets(inputs) if kind == 'causal' else labels
+    inputs.pop('labels', None)
+    if (n := int((targets != -100).sum())) == 0: return 0., 0
+    if theirs: inputs['use_cache'] = False
+    if kind == 'seq2seq' and 'decoder_input_ids' not in inputs:
+        inputs['decoder_input_ids'] = model.prepare_decoder_input_ids_from_labels(labels)
+    out = _without_logits(model, inputs) if theirs and _needs_no_logits(model, inputs) else model(**inputs)
+    if hasattr(out, 'nll'): return out.nll(targets), n
+    logits, targets = out.logits.flatten(0, -2).float(), targets.flatten().to(out.logits.device)
+    return F.cross_entropy(logits, targets, reduction='sum'), n
+
+# %% ../nbs/06l_scoring.ipynb #1ea0525e
 class Scored(nn.Module):
     "A model and its loss as one module, so that whatever wraps it (several processes, shards) sees the whole computation."
-    def __init__(self, model:nn.Module, loss:Callable): super().__init__(); self.model, self.loss = model, loss
+    def __init__(self,
+        model:nn.Module, # what is trained
+        loss, # (model, batch) -> (sum, count), as token_loss
+    ):
+        super().__init__()
+        self.model, self.loss = model, loss
+
     def forward(self,
         batch:Mapping|None, # None: nothing to score, yet a gradient of zeros
     )->tuple[Tensor, float]: # sum over the scored tokens, with its graph; their number
+        "The sum always has a graph that reaches every parameter that is trained, as other processes may wait for it."
         found = (0., 0) if batch is None else self.loss(self.model, batch)
-        require(isinstance(found, tuple) and len(found) == 2, 'loss', found, 'a function that returns (sum, count)', LmnotesTypeError)
-        s, n = found
-        return (s, n) if n else (sum((p * 0).sum().float() for p in self.model.parameters() if p.requires_grad), 0)
+        ok = isinstance(found, tuple) and len(found) == 2
+        require(ok, 'loss', type(found).__name__, 'a function that returns (sum, count)', LmnotesTypeError)
+        if found[1]: return found
+        return sum((p * 0).sum().float() for p in self.model.parameters() if p.requires_grad), 0

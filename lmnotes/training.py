@@ -118,13 +118,13 @@ def _pad(self:Learner, rows):
     pad = next((p for p in (getattr(config, k, None) for k in ('pad_token_id', 'pad_id', 'eos_token_id', 'eos_id')) if isinstance(p, int) and p >= 0), 0)
     return collate(rows, pad_id=pad)
 
-# %% ../nbs/06_training.ipynb #6ded0de8
+# %% ../nbs/06_training.ipynb #df44a30a
 @patch
 def gradients(self:Learner,
     micro:list, # (names, batch) of each micro-batch of this process; batch None where it has none
 )->tuple[float, int, float]: # mean loss and count of the step, over all processes; norm of the mean's gradient
     "Gradients of the step's summed loss, in p.grad; they are `divisor` times those of the mean."
-    for o in self.opts: o.zero_grad()
+    for p in self.params: p.grad = None
     scale, sums, n = self.scaler.scale if self.scaler else 1., [], 0
     parts = [p for _, batch in micro for p in self._cut(batch)]
     for i, batch in enumerate(parts):
@@ -165,7 +165,7 @@ def one_step(self:Learner,
     self.step, self.tokens, self.seconds = self.step + 1, self.tokens + n, self.seconds + time.perf_counter() - start
     self.history.append(dict(step=self.step, loss=loss, norm=norm, lr=self.lr * factor, tokens=self.tokens, seconds=self.seconds))
 
-# %% ../nbs/06_training.ipynb #72586a04
+# %% ../nbs/06_training.ipynb #54b2659a
 @patch
 def fit(self:Learner,
     steps:int|None=None, # steps of the whole run
@@ -188,7 +188,9 @@ def fit(self:Learner,
                 self.call('after_step')
                 if self.processes == 1: self._asked = bool(self._signal)
                 if self._due(): self.checkpoint()
-        finally: self.call('after_fit'); self.model.eval()
+        finally:
+            for p in self.params: p.grad = None
+            self.call('after_fit'); self.model.eval()
     if self._asked: self._say_interrupted()
     return self
 
@@ -249,14 +251,14 @@ def _steps(self:Learner, steps, epochs):
     require(isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1, 'steps', steps, 'a whole number of 1 or more')
     return steps
 
-# %% ../nbs/06_training.ipynb #a0400a9f
+# %% ../nbs/06_training.ipynb #45accdd8
 @patch
 def _names(self:Learner, micro): return '; '.join(f'rows {", ".join(map(str, names[:32]))}{", …" * (len(names) > 32)}' for names, batch in micro if batch)
 
 @patch
 def _not_finite(self:Learner, micro, loss, norm):
     "End the run before a weight is touched: what, where, and the last good loss"
-    for o in self.opts: o.zero_grad()
+    for p in self.params: p.grad = None
     where = None
     for names, batch in () if self.shard else micro:
         if batch is None or where: continue
@@ -270,7 +272,7 @@ def _not_finite(self:Learner, micro, loss, norm):
 def _give_way(self:Learner, e):
     "What an out-of-memory error says, after its memory is freed; any other error goes on"
     if not out_of_memory(e) or self.processes > 1: raise e
-    for o in self.opts: o.zero_grad()
+    for p in self.params: p.grad = None
     text = str(e).splitlines()[0]
     free_memory(e)
     return text
