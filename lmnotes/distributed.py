@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['setup', 'leave', 'total', 'repeated', 'wrap', 'sync_only_last', 'full', 'is_first', 'gather', 'cut', 'state_of',
-           'whole_state', 'load_whole', 'with_whole', 'optimizer_tensors', 'load_optimizer']
+           'whole_state', 'load_whole', 'optimizer_tensors', 'load_optimizer', 'with_whole']
 
 # %% ../nbs/06g_distributed.ipynb #fa5e4980
 import atexit, os
@@ -147,18 +147,6 @@ def load_whole(
     with torch.no_grad():
         for name, t in mine.items(): t.copy_(cut(tensors[name], t))
 
-# %% ../nbs/06g_distributed.ipynb #e0d63b38
-def with_whole(
-    model:nn.Module, # sharded or not
-    f, # called with the model, in the first process only
-): # what f returns there; None in the others
-    "Let `f` see whole parameters in the place of sharded ones, to save the model, say. Every process must call it."
-    whole = whole_state(model)
-    class Call(nn.Module):
-        def __init__(self): super().__init__(); self.model = model
-        def forward(self): return f(model)
-    if is_first(): return torch.func.functional_call(Call(), {f'model.{n}': t for n, t in whole.items()}, ())
-
 # %% ../nbs/06g_distributed.ipynb #e7a39848
 def optimizer_tensors(
     opts:list, # torch optimizers
@@ -185,3 +173,15 @@ def load_optimizer(
         p = params[f'{o}.{i}']
         states[int(o)].setdefault(int(i), {})[key] = cut(t, p) if t.shape == p.shape else t.clone()
     for opt, state in zip(opts, states): opt.load_state_dict({**opt.state_dict(), 'state': state})
+
+# %% ../nbs/06g_distributed.ipynb #e0d63b38
+def with_whole(
+    model:nn.Module, # sharded or not
+    f, # called with the model, in the first process only
+): # what f returns there; None in the others
+    "Let `f` see whole parameters in the place of sharded ones, to save the model, say. Every process must call it."
+    whole = whole_state(model)
+    class Call(nn.Module):
+        def __init__(self): super().__init__(); self.model = model
+        def forward(self): return f(model)
+    if is_first(): return torch.func.functional_call(Call(), {f'model.{n}': t for n, t in whole.items()}, ())
