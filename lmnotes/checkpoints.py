@@ -62,7 +62,7 @@ def _reading(path):
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise CheckpointError(f'{path} is not valid: {str(e)[:200]}') from e
 
-# %% ../nbs/06b_checkpoints.ipynb #ff99d786
+# %% ../nbs/06b_checkpoints.ipynb #939f3559
 def read_tensors(
     path:Path|str, # a safetensors file
 )->dict[str, Tensor]: # by name, on the CPU, each in memory of its own
@@ -81,7 +81,7 @@ def read_tensors(
             count = math.prod(t['shape']) * dtype.itemsize
             fits = first == at and end - first == count and min(t['shape'], default=0) >= 0 and end <= size - length
             if not fits: raise ValueError(f'{brief(name)} is not right behind the tensor before it, or not all there')
-            tensors[name], at = torch.empty(t['shape'], dtype=dtype), end
+            tensors[name], at = torch.empty(t['shape'], dtype=dtype, device='cpu'), end
             if count and f.readinto(_bytes_of(tensors[name])) != count: raise ValueError('it ends too early')
         if at != size - length: raise ValueError(f'{size - length - at} bytes lie behind the last tensor')
     return tensors
@@ -97,7 +97,7 @@ def _seal(manifest):
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps(manifest | {'sha256': digest}, indent=1).encode() + b'\n'
 
-# %% ../nbs/06b_checkpoints.ipynb #c9ccbbea
+# %% ../nbs/06b_checkpoints.ipynb #7942bfcd
 def _misfit(value):
     "(place, what is there) of the first thing that JSON would not give back, or None"
     if value is None or isinstance(value, (str, int)) or isinstance(value, float) and math.isfinite(value): return None
@@ -119,7 +119,7 @@ def _check(tensors, state):
     require(len({f.lower() for f in tensors}) == len(tensors), 'tensors', list(tensors), 'files that differ by more than case')
     require(isinstance(state, dict), 'state', state, 'a dict', LmnotesTypeError)
     where, value = _misfit(state) or (None, None)
-    require(where is None, f'state{where}', value, 'None, str, int, finite float, or lists and dicts by str of these')
+    require(where is None, f'state{where}', value, 'None, str, int, finite float, or lists and dicts (by str) of these')
     raw = json.dumps(state).encode()
     require(len(raw) <= _max_json, 'state', f'{len(raw):,} bytes', f'at most {_max_json:,}: put numbers in bulk into tensors')
     return raw
@@ -145,7 +145,7 @@ def _sync(path):
         if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS): raise
     finally: os.close(fd)
 
-# %% ../nbs/06b_checkpoints.ipynb #48e2ec3b
+# %% ../nbs/06b_checkpoints.ipynb #c2d2cfdc
 def save_checkpoint(
     folder:Path|str, # where to put it; must not exist
     tensors:dict[str, dict[str, Tensor]], # file name without ending -> name -> tensor
@@ -172,7 +172,8 @@ def save_checkpoint(
         os.rename(folder/_part, folder/_manifest)                              # from here on it is a checkpoint
         _sync(folder)
     except BaseException as e:
-        theirs = isinstance(e, OSError) and e.errno in (errno.EEXIST, errno.ENOTEMPTY)      # it came meanwhile
+        # a folder that came there meanwhile is somebody else's
+        theirs = isinstance(e, OSError) and e.errno in (errno.EEXIST, errno.ENOTEMPTY) and os.path.lexists(tmp)
         for path in [tmp] + [folder] * (placed and not theirs):
             with suppress(OSError): _remove(path)
         if not isinstance(e, OSError): raise
@@ -182,16 +183,14 @@ def save_checkpoint(
 
 def _remove(folder):
     "Delete a checkpoint, manifest first: killed half way, it is an incomplete one, never a damaged one"
-    if os.path.lexists(folder/_manifest):
+    with suppress(FileNotFoundError):
         os.unlink(folder/_manifest)
         with suppress(OSError): _sync(folder)
     shutil.rmtree(folder)
 
-# %% ../nbs/06b_checkpoints.ipynb #6655d72b
+# %% ../nbs/06b_checkpoints.ipynb #476b6275
 def _sha256(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
-def _complete(folder): return os.path.lexists(folder/_manifest) and not os.path.lexists(folder/_part)
 
 def verify_checkpoint(
     folder:Path|str, # a checkpoint
@@ -199,8 +198,8 @@ def verify_checkpoint(
     """Compare every file with the manifest. CheckpointError names the file that differs, is missing or cannot be read, or
     the folder if it is not complete."""
     folder = Path(folder)
-    if not _complete(folder): raise CheckpointError(f'{folder} is no complete checkpoint: there is no finished {_manifest}')
     with _reading(path := folder/_manifest), open(path, 'rb') as f:
+        if os.path.lexists(folder/_part): raise ValueError(f'{_part} is still there, so the save did not finish')
         raw = f.read(_max_manifest + 1)
         if len(raw) > _max_manifest: raise ValueError(f'it has more than {_max_manifest:,} bytes')
         manifest = _json(raw)
@@ -234,13 +233,15 @@ def load_checkpoint(
         offer = f'{good} is whole: go on from there, or move {folder.name} away' if good else 'No checkpoint before it is whole'
         raise CheckpointError(f'{e}. {offer}') from e
 
-# %% ../nbs/06b_checkpoints.ipynb #1fb004b1
+# %% ../nbs/06b_checkpoints.ipynb #e26302e1
 def _number(folder): return int(m[1]) if (m := re.fullmatch('step-([0-9]+)', Path(folder).name)) else math.inf
 
 def _steps(out_dir):
     "The folders step-N, in order of N; links are none"
     found = [p for p in Path(out_dir).iterdir() if _number(p) < math.inf] if Path(out_dir).is_dir() else []
     return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=lambda p: (_number(p), p.name))
+
+def _complete(folder): return {_manifest, _part}.intersection(os.listdir(folder)) == {_manifest}
 
 def checkpoints(
     out_dir:Path|str, # folder of a run
@@ -310,13 +311,13 @@ def _holder(fd):
     os.lseek(fd, 0, os.SEEK_SET)
     with suppress(OSError): os.write(fd, f'process {os.getpid()} on {platform.node()}, {time.ctime()}'.ljust(200).encode())
 
-# %% ../nbs/06b_checkpoints.ipynb #2ad4274a
+# %% ../nbs/06b_checkpoints.ipynb #cf33d2ef
 @contextmanager
 def lock(
     out_dir:Path|str, # folder of a run; made if missing
 ):
     "Let one run at a time write into a folder. LmnotesError says who does so now. A warning where the file system has no locks."
-    path = Path(out_dir)/'.lock'
+    path = Path(out_dir)/'.lock'                     # nobody in this process may open and close it: that would end the lock
     path.parent.mkdir(parents=True, exist_ok=True)
     key, allowed = str(path.resolve()), 'a folder that no run writes to'
     require(key not in _held, 'out_dir', str(out_dir), f'{allowed}; one in this process does')
