@@ -176,7 +176,7 @@ def smoothed(values, # numbers
     sums = list(accumulate(values, initial=0.))
     return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(sums))]
 
-# %% ../nbs/06d_callbacks.ipynb #30b0017e
+# %% ../nbs/06d_callbacks.ipynb #4b486297
 class LiveCurve:
     """A callback: training and validation losses, redrawn in place in a notebook, a line of text elsewhere. Drawing takes at
     most a twentieth of the time."""
@@ -190,7 +190,7 @@ class LiveCurve:
         import plotly.graph_objects as go
         x, y = [h['tokens'] for h in learn.history], [h['loss'] for h in learn.history]
         keep = sorted({*range(0, len(x), max(1, len(x) // 300)), len(x) - 1}) if x else []
-        def curve(values, **style): return go.Scatter(x=[x[i] for i in keep], y=[round(values[i], 4) for i in keep], **style)
+        def curve(values, **style): return go.Scatter(x=[x[i] for i in keep], y=[round(values[i], 4) for i in keep], mode='lines', **style)
         fig = go.Figure([curve(y, name='a step', line_width=1, opacity=.4), curve(smoothed(y, self.smooth), name=f'mean of {self.smooth}')])
         if valid := validation_losses(learn):
             fig.add_scatter(x=[v['tokens'] for v in valid], y=[round(v['loss'], 4) for v in valid], name='validation', mode='lines+markers')

@@ -115,11 +115,11 @@ class ActivationStats(Series):
     def remove(self):
         while self.hooks: self.hooks.pop().remove()
 
-# %% ../nbs/06j_diagnosis.ipynb #21377de7
+# %% ../nbs/06j_diagnosis.ipynb #23bd99e9
 def _bad(tensors):
     "Whether one of them holds NaN or infinity. Minus infinity in a tensor without gradient is a mask, and fine"
-    def ok(t): return t.isfinite() if t.requires_grad else t.isfinite() | (t == -math.inf)
-    return not all(ok(t).all() for t in tensors)
+    def ok(t, x): return x.isfinite() if t.requires_grad else x.isfinite() | (x == -math.inf)
+    return not all(ok(t, t.detach()).all() for t in tensors)
 
 @contextmanager
 def _undisturbed(model):
@@ -158,7 +158,7 @@ class _Trace:
     def remove(self):
         for h in self.hooks: h.remove()
 
-# %% ../nbs/06j_diagnosis.ipynb #8fff3374
+# %% ../nbs/06j_diagnosis.ipynb #d6f7c572
 def first_bad_module(
     model:nn.Module, # not wrapped for several processes; compiled is fine, and runs uncompiled here
     loss, # (model, batch) -> (sum over scored tokens, their count)
@@ -179,8 +179,7 @@ def first_bad_module(
             named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True) if named else ()
         finally: trace.remove()
-    if '' in trace.at_output: return 'loss', 'gradient'
     bad = [n for (n, _), g in zip(named, grads) if g is not None and not g.isfinite().all()]
     made = (trace.at_input | {n.rpartition('.')[0] for n in bad}) - trace.at_output
-    if made - {''}: return max(made - {''}, key=lambda n: len(n.split('.'))), 'gradient'
-    return (bad[0], 'gradient') if bad else None
+    if inner := made & trace.ins.keys() - {''}: return max(inner, key=lambda n: len(n.split('.'))), 'gradient'
+    return ('loss', 'gradient') if '' in trace.at_output else (bad[0], 'gradient') if bad else None
