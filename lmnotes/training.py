@@ -7,13 +7,13 @@ __all__ = ['Learner', 'interrupt_later', 'EMA', 'LiveCurve', 'Progress', 'Scored
            'constant', 'cosine', 'in_order', 'inverse_sqrt', 'linear', 'muon', 'row_order', 'sgd', 'split_parameters',
            'token_loss', 'warmup_decay']
 
-# %% ../nbs/06_training.ipynb #eb73ac2a
+# %% ../nbs/06_training.ipynb #2cf566d0
 import math, signal, time, warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from torch import Tensor, nn
 from .core import LmnotesError, LmnotesTypeError, require
 from .lm import Perplexity, evaluating
@@ -26,6 +26,7 @@ from .optimizers import (adafactor, adamw, constant, cosine, gradient_norm, inve
                                 split_parameters, warmup_decay)
 from .precision import LossScaler, choose_precision, free_memory, out_of_memory, split_batch
 from .precision import autocast as in_precision, recompute as keep_less
+from .report import Meter, RunReport, run_report
 from .resuming import alone, go_on, load_run, save_run
 from .scoring import Scored, token_loss
 
@@ -34,16 +35,16 @@ from .scoring import Scored, token_loss
 _all_ = ['EMA', 'LiveCurve', 'Progress', 'Scored', 'Validate', 'adafactor', 'adamw', 'by_length', 'constant', 'cosine', 'in_order',
          'inverse_sqrt', 'linear', 'muon', 'row_order', 'sgd', 'split_parameters', 'token_loss', 'warmup_decay']
 
-# %% ../nbs/06_training.ipynb #03a026f7
+# %% ../nbs/06_training.ipynb #14438905
 class Learner:
-    """Train a model on rows or batches. The loss of a step is a sum over its scored tokens divided by their number, over all micro-batches and processes. `fit` goes on
-    from a checkpoint bit by bit. LmnotesError names an argument that cannot be."""
+    """Train a model. The loss of a step is summed over its scored tokens and divided by their number, over all micro-batches
+    and processes. `fit` goes on from a checkpoint bit by bit. LmnotesError names an argument that cannot be."""
     def __init__(self,
         model:nn.Module, # ours or transformers', or any that returns .loss; trained in place
         train, # rows with a length and an index (a datasets.Dataset, a list, a tensor), or an iterable of dict batches
         valid=None, # the same, for validate
         *,
-        collate_fn:Callable|None=None, # list of rows -> dict batch; None: rows are padded by collate, dict batches taken as they are
+        collate_fn:Callable|None=None, # list of rows -> dict batch; None: rows of ids are padded, dict batches taken as they are
         batch_size:int=16, # rows of a micro-batch in one process
         loss:Callable|None=None, # (model, batch) -> (sum over scored tokens, count); None: token_loss
         opt:Callable=muon, # (model, lr) -> list of optimizers
@@ -57,56 +58,67 @@ class Learner:
         save_every:int|None=None, # steps between checkpoints; one is written at the end in any case
         save_minutes:float|None=None, # or minutes
         keep:int|None=None, # checkpoints to keep, the best one apart; None: all
-        clip:float|None=1., # largest norm of the gradient
+        clip:float|None=1., # largest norm of the gradient; None: any
         order:Callable=row_order, # (n, seed, epoch) -> order of the rows; by_length(…), in_order
         num_workers:int=0, # processes that read rows ahead
         compile:bool=False, # torch.compile the model
-        recompute:bool=False, # keep less for the backward pass, compute it again
+        recompute:bool=False, # keep less for the backward pass, and compute it again
         shard:bool=False, # several processes: cut the parameters among them (FSDP), instead of a copy in each (DDP)
     ):
-        self._check(dict(batch_size=batch_size, accumulate=accumulate, save_every=save_every, save_minutes=save_minutes, keep=keep, clip=clip, lr=lr, seed=seed, num_workers=num_workers))
-        require(isinstance(model, nn.Module), 'model', type(model).__name__, 'an nn.Module', LmnotesTypeError)
+        store_attr()
+        self._check()
         self.accelerator = setup()
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.precision = choose_precision(model, self.device, precision)
-        self.scaler = LossScaler() if self.precision == 'fp16' else None
-        self.model, self.train, self.valid, self.collate_fn = model.to(self.device), train, valid, collate_fn
-        self.batch_size, self.accumulate, self.seed, self.clip, self.lr, self.schedule, self.num_workers = batch_size, accumulate, seed, clip, lr, schedule, num_workers
-        self.out_dir, self.save_every, self.save_minutes, self.keep = out_dir and Path(out_dir).expanduser(), save_every, save_minutes, keep
         self.source = self._source(train, accumulate * self.processes, order)
-        if recompute: keep_less(model)
-        if compile:
-            require(not shard, 'compile', compile, 'False where shard=True')
-            model.compile()
-        self.shard = shard and self.processes > 1
-        self.loss = loss or token_loss
-        self.scored = Scored(model, self.loss)
-        self.wrapped = wrap(self.scored, self.accelerator, shard)
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        require(self.params, 'model', type(model).__name__, 'one with a parameter that requires a gradient')
-        self.opts, self.cbs = opt(model, lr), list(cbs)
-        self.base = [[g['lr'] for g in o.param_groups] for o in self.opts]
-        self.step, self.tokens, self.seconds, self.history = 0, 0, 0., []
-        self.total, self.norm, self.best_step, self.stop = None, None, None, False         # what callbacks read and set
-        self._parts, self._signal, self._asked, self._late, self.kept_settings = 1, 0, False, False, None
+        self._prepare()
 
-# %% ../nbs/06_training.ipynb #45a77d32
+# %% ../nbs/06_training.ipynb #4ea83bad
 @patch
-def _check(self:Learner, a):
+def _prepare(self:Learner):
+    "Precision and place of the model, what wraps it, its optimizers, the counters"
+    model = self.model
+    self.precision = choose_precision(model, self.device, self.precision)
+    self.scaler = LossScaler() if self.precision == 'fp16' else None
+    model.to(self.device)
+    if self.recompute: keep_less(model)
+    if self.compile: model.compile()
+    self.loss = self.loss or token_loss
+    self.scored = Scored(model, self.loss)
+    self.wrapped, self.shard = wrap(self.scored, self.accelerator, self.shard), self.shard and self.processes > 1
+    self.params = [p for p in model.parameters() if p.requires_grad]
+    require(self.params, 'model', type(model).__name__, 'one with a parameter that requires a gradient')
+    self.opts = self.opt(model, self.lr)
+    self.base = [[g['lr'] for g in o.param_groups] for o in self.opts]
+    self.cbs = list(self.cbs) if any(isinstance(cb, Meter) for cb in self.cbs) else [Meter(), *self.cbs]
+    self.out_dir = self.out_dir and Path(self.out_dir).expanduser()
+    self.step, self.tokens, self.seconds, self.history = 0, 0, 0., []
+    self.total, self.norm, self.best_step, self.stop = None, None, None, False         # what callbacks read and set
+    self._parts, self._signal, self._asked, self._late, self.kept_settings = 1, 0, False, False, None
+
+# %% ../nbs/06_training.ipynb #3397c1b9
+@patch
+def _check(self:Learner):
+    "Refuse what cannot be, by name, before anything is done"
+    require(isinstance(self.model, nn.Module), 'model', type(self.model).__name__, 'an nn.Module', LmnotesTypeError)
     for name, least in dict(batch_size=1, accumulate=1, save_every=1, keep=1, num_workers=0, seed=0).items():
-        optional = name in ('save_every', 'keep')
-        require(optional and a[name] is None or isinstance(a[name], int) and not isinstance(a[name], bool) and a[name] >= least, name, a[name], f'a whole number of {least} or more')
+        value, optional = getattr(self, name), name in ('save_every', 'keep')
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        require(whole or optional and value is None, name, value, f'a whole number of {least} or more')
     for name in ('save_minutes', 'clip', 'lr'):
-        require(a[name] is None and name != 'lr' or isinstance(a[name], (int, float)) and 0 < a[name] < math.inf, name, a[name], 'a number above 0')
+        value, optional = getattr(self, name), name != 'lr'
+        fine = isinstance(value, (int, float)) and 0 < value < math.inf
+        require(fine or optional and value is None, name, value, 'a number above 0')
+    require(not (self.compile and self.shard), 'compile', self.compile, 'False where shard=True')
 
 @patch
 def _source(self:Learner, data, per_step, order):
     "Rows or Stream, by what the data is"
-    require(data is not None, 'train', data, 'rows or batches')
+    require(data is not None and not isinstance(data, Mapping), 'train', type(data).__name__, 'rows or batches; of a DatasetDict, one split')
     rows, collate_fn = hasattr(data, '__getitem__') and hasattr(data, '__len__'), self.collate_fn
     if rows and collate_fn is None and len(data):
-        ids = data[0].get('input_ids') if isinstance(data[0], Mapping) else data[0]
+        with kept_randomness(): first = data[0]
+        ids = first.get('input_ids') if isinstance(first, Mapping) else first
         if ids is not None and getattr(ids, 'ndim', 1) == 1: collate_fn = self._pad
     if rows and collate_fn: return Rows(data, collate_fn, self.batch_size, per_step, self.seed, order)
     require(order in (row_order, in_order), 'order', order, 'left out for an iterable, which has its own order')
@@ -115,18 +127,18 @@ def _source(self:Learner, data, per_step, order):
 @patch
 def _pad(self:Learner, rows):
     config = getattr(self.model, 'config', None)
-    pad = next((p for p in (getattr(config, k, None) for k in ('pad_token_id', 'pad_id', 'eos_token_id', 'eos_id')) if isinstance(p, int) and p >= 0), 0)
-    return collate(rows, pad_id=pad)
+    ids = (getattr(config, k, None) for k in ('pad_token_id', 'pad_id', 'eos_token_id', 'eos_id'))
+    return collate(rows, pad_id=next((i for i in ids if isinstance(i, int) and i >= 0), 0))
 
-# %% ../nbs/06_training.ipynb #df44a30a
+# %% ../nbs/06_training.ipynb #92921e36
 @patch
 def gradients(self:Learner,
     micro:list, # (names, batch) of each micro-batch of this process; batch None where it has none
 )->tuple[float, int, float]: # mean loss and count of the step, over all processes; norm of the mean's gradient
-    "Gradients of the step's summed loss, in p.grad; they are `divisor` times those of the mean."
+    "Gradients of the step's summed loss, in p.grad, divisor times those of the mean: equation (6.2)."
     for p in self.params: p.grad = None
     scale, sums, n = self.scaler.scale if self.scaler else 1., [], 0
-    parts = [p for _, batch in micro for p in self._cut(batch)]
+    parts = [part for _, batch in micro for part in self._cut(batch)]
     for i, batch in enumerate(parts):
         seed_all(self.seed, self.step, i, self.rank)
         with sync_only_last(self.wrapped, i == len(parts) - 1):
@@ -134,28 +146,44 @@ def gradients(self:Learner,
             (s * scale if self.scaler else s).backward()
         sums, n = sums + [s.detach()], n + int(count)
     self.call('after_backward')
-    *sums, norm = torch.stack([*sums, gradient_norm(self.params)]).tolist()        # one wait for the device
+    *sums, norm = torch.stack([*sums, gradient_norm(self.params)]).tolist()
     loss, n, self._asked, self._late = total(self.accelerator, sum(sums), n, bool(self._signal), self._minutes_over())
-    if n == 0: raise LmnotesError(f'labels: nothing is scored in step {self.step}, {self._names(micro)}: each label is -100, or the first of its text')
-    self.divisor = scale * n / self.processes                # each process holds the mean of the processes' sums
+    if n == 0: raise LmnotesError(f'labels: nothing is scored in step {self.step}, {_names(micro)}: '
+                                  'each label is -100, or the first of its text')
+    self.divisor = scale * n / self.processes
     return loss / n, int(n), norm / self.divisor
 
-# %% ../nbs/06_training.ipynb #5281392b
+# %% ../nbs/06_training.ipynb #3af5696e
+@patch
+def _on_device(self:Learner, batch):
+    return batch and {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+@patch
+def _cut(self:Learner, batch):
+    "The parts of a micro-batch: one, but after memory has run out"
+    return [batch] if batch is None or self._parts == 1 else split_batch(batch, min(self._parts, _n_rows(batch)))
+
+def _n_rows(batch): return len(batch['input_ids'] if 'input_ids' in batch else next(iter(batch.values())))
+
+def _names(micro):
+    "Which rows a step has, for an error"
+    return '; '.join(f'rows {", ".join(map(str, n[:32]))}{", …" * (len(n) > 32)}' for n, batch in micro if batch)
+
+# %% ../nbs/06_training.ipynb #415950ef
 @patch
 def one_step(self:Learner,
     micro:list, # as for gradients
 ):
-    "One update by equation (6.1). Done again with a smaller scale where fp16 overflows, in smaller parts where memory runs out."
+    "One update, equations (6.1) to (6.3): again with a smaller scale where fp16 overflows, in parts where memory runs out."
     start, done = time.perf_counter(), False
     self.call('before_step')
     while not done:
+        problem = None
         try: loss, n, norm = self.gradients(micro)
         except Exception as e: problem = self._give_way(e)
-        else:
-            problem = None
-            if not math.isfinite(loss) or not self.scaler and not math.isfinite(norm): self._not_finite(micro, loss, norm)
-            done = not self.scaler or self.scaler.update(math.isfinite(norm))
         if problem: self._halve(micro, problem)
+        elif not math.isfinite(loss) or not self.scaler and not math.isfinite(norm): self._not_finite(micro, loss, norm)
+        else: done = not self.scaler or self.scaler.update(math.isfinite(norm))
     self.norm, factor = norm, self.schedule(self.step, self.total)
     scale_gradients(self.params, min(1., (self.clip or math.inf) / (norm + 1e-6)) / self.divisor)
     self.call('before_update')
@@ -165,22 +193,59 @@ def one_step(self:Learner,
     self.step, self.tokens, self.seconds = self.step + 1, self.tokens + n, self.seconds + time.perf_counter() - start
     self.history.append(dict(step=self.step, loss=loss, norm=norm, lr=self.lr * factor, tokens=self.tokens, seconds=self.seconds))
 
-# %% ../nbs/06_training.ipynb #54b2659a
+# %% ../nbs/06_training.ipynb #c752c6f6
+@patch
+def _not_finite(self:Learner, micro, loss, norm):
+    "End the run before a weight is touched: what, where, and the last good loss"
+    for p in self.params: p.grad = None
+    where = None
+    for names, batch in () if self.shard else micro:
+        if batch is None or where: continue
+        with self.autocast(): found = first_bad_module(self.model, self.loss, self._on_device(batch))
+        if found: where = f'first in {found[0]} ({found[1]}), {_names([(names, batch)])}'
+    last = self.history[-1]['loss'] if self.history else None
+    raise LmnotesError(f'the loss is {loss} and the norm of its gradient {norm} in step {self.step}, {where or _names(micro)}; the '
+                       f'last finite loss was {last}. No weight was changed. A smaller lr than {self.lr}, a longer warmup or '
+                       'cleaner data may help')
+
+@patch
+def _give_way(self:Learner, e):
+    "What an out-of-memory error says, after its memory is freed; any other error goes on"
+    if not out_of_memory(e) or self.processes > 1: raise e
+    for p in self.params: p.grad = None
+    text = f'{type(e).__name__} {e}'.splitlines()[0]
+    free_memory(e)
+    return text
+
+@patch
+def _halve(self:Learner, micro, problem):
+    "Cut every micro-batch of this run in twice as many parts"
+    batches = [b for _, b in micro if b]
+    shapes = ', '.join(f'{tuple(b["input_ids"].shape)}' for b in batches if 'input_ids' in b)
+    if self._parts >= max(map(_n_rows, batches)):
+        raise LmnotesError(f'batch_size: memory ran out in step {self.step} with one row at a time, input_ids {shapes}: {problem}. '
+                           'Shorter rows, recompute=True or a smaller model may fit')
+    self._parts *= 2
+    warnings.warn(f'memory ran out in step {self.step}, input_ids {shapes}: {problem}. Micro-batches are now cut in {self._parts} '
+                  'parts; the step, its loss and its gradient stay the same')
+
+# %% ../nbs/06_training.ipynb #d3fda7d5
 @patch
 def fit(self:Learner,
     steps:int|None=None, # steps of the whole run
     epochs:float|None=None, # or passes over the data
-    resume:bool|str|Path=False, # True: go on from the newest checkpoint in out_dir, or start if there is none; or the folder of one
+    resume:bool|str|Path=False, # True: from the newest checkpoint in out_dir, if there is one; or the folder of one
     allow_change=(), # settings that may differ from the checkpoint's, by the names that the error lists
 )->Learner: # itself
-    """Train to `steps` and leave the model in eval mode. A run that is finished does nothing more. With checkpoints in out_dir
-    and resume=False nothing is run and nothing overwritten: an error. Ctrl-C, the stop button of a notebook and SIGTERM end
-    the run after the step under way, with a checkpoint where there is an out_dir."""
+    """Train to `steps` and leave the model in eval mode. A finished run does nothing more. With checkpoints in out_dir and
+    resume=False nothing is run and nothing overwritten: an error. Ctrl-C, the stop button of a notebook and SIGTERM end the
+    run after the step under way, with a checkpoint where there is an out_dir."""
     steps = self._steps(steps, epochs)
     with kept_randomness(), alone(self), interrupt_later(self):
         self.total, self.stop, self._asked, self._saved_at = steps, False, False, time.monotonic()
         go_on(self, resume, allow_change)
-        micros = self.source.read(self.step, steps, self.rank, self.processes, self.num_workers, self.device.type == 'cuda')
+        pin = self.device.type == 'cuda'
+        micros = self.source.read(self.step, steps, self.rank, self.processes, self.num_workers, pin)
         try:
             self.model.train(); self.call('before_fit')
             while self.step < steps and not self.stop and not self._asked:
@@ -193,6 +258,37 @@ def fit(self:Learner,
             self.call('after_fit'); self.model.eval()
     if self._asked: self._say_interrupted()
     return self
+
+# %% ../nbs/06_training.ipynb #1ebd16c1
+@patch
+def call(self:Learner, event:str # name of a method
+    ):
+    "Tell the callbacks."
+    for cb in self.cbs:
+        if hasattr(cb, event): getattr(cb, event)(self)
+
+@patch
+def autocast(self:Learner):
+    "A context in which matrix products run in the chosen precision."
+    return in_precision(self.device, self.precision)
+
+@patch(as_prop=True)
+def skipped(self:Learner)->int: # attempts
+    "How many updates were left out because fp16 overflowed."
+    return self.scaler.skipped if self.scaler else 0
+
+@patch
+def _steps(self:Learner, steps, epochs):
+    "Steps of the whole run"
+    require((steps is None) != (epochs is None), 'steps', steps, 'given, or epochs, and not both')
+    if epochs is not None:
+        require(isinstance(epochs, (int, float)) and 0 < epochs < math.inf, 'epochs', epochs, 'a number above 0')
+        each = self.source.steps_per_epoch
+        require(each is not None, 'epochs', epochs, 'left out for an iterable without a length: give steps')
+        steps = max(1, round(epochs * each))
+    fine = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+    require(fine, 'steps', steps, 'a whole number of 1 or more')
+    return steps
 
 # %% ../nbs/06_training.ipynb #a7c6114a
 @contextmanager
@@ -216,100 +312,41 @@ def _say_interrupted(self:Learner):
     if self.main: print(f'interrupted after step {self.step}{kept}')
     if self._signal == signal.SIGTERM: raise SystemExit(128 + signal.SIGTERM)
 
-# %% ../nbs/06_training.ipynb #f588c406
-@patch
-def autocast(self:Learner):
-    "A context in which matrix products run in the chosen precision."
-    return in_precision(self.device, self.precision)
-
-@patch
-def call(self:Learner, event:str # name of a method
-    ):
-    "Tell the callbacks."
-    for cb in self.cbs:
-        if hasattr(cb, event): getattr(cb, event)(self)
-
-@patch
-def _on_device(self:Learner, batch):
-    return batch and {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-@patch
-def _cut(self:Learner, batch):
-    "The parts of a micro-batch: one, but after memory has run out"
-    return [batch] if batch is None or self._parts == 1 else split_batch(batch, min(self._parts, _n_rows(batch)))
-
-def _n_rows(batch): return len(batch['input_ids'] if 'input_ids' in batch else next(iter(batch.values())))
-
-@patch
-def _steps(self:Learner, steps, epochs):
-    "Steps of the whole run"
-    require((steps is None) != (epochs is None), 'steps', steps, 'given, or epochs, and not both')
-    if epochs is not None:
-        require(isinstance(epochs, (int, float)) and 0 < epochs < math.inf, 'epochs', epochs, 'a number above 0')
-        require(self.source.steps_per_epoch is not None, 'epochs', epochs, 'left out for an iterable without a length: give steps')
-        steps = max(1, round(epochs * self.source.steps_per_epoch))
-    require(isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1, 'steps', steps, 'a whole number of 1 or more')
-    return steps
-
-# %% ../nbs/06_training.ipynb #45accdd8
-@patch
-def _names(self:Learner, micro): return '; '.join(f'rows {", ".join(map(str, names[:32]))}{", …" * (len(names) > 32)}' for names, batch in micro if batch)
-
-@patch
-def _not_finite(self:Learner, micro, loss, norm):
-    "End the run before a weight is touched: what, where, and the last good loss"
-    for p in self.params: p.grad = None
-    where = None
-    for names, batch in () if self.shard else micro:
-        if batch is None or where: continue
-        with self.autocast(): found = first_bad_module(self.model, self.loss, self._on_device(batch))
-        if found: where = f'first in {found[0]} ({found[1]}), {self._names([(names, batch)])}'
-    last = self.history[-1]['loss'] if self.history else None
-    raise LmnotesError(f'the loss is {loss} and the norm of its gradient {norm} in step {self.step}, {where or self._names(micro)}; the last finite loss was {last}. '
-                       f'No weight was changed. A smaller lr than {self.lr}, a longer warmup or cleaner data may help')
-
-@patch
-def _give_way(self:Learner, e):
-    "What an out-of-memory error says, after its memory is freed; any other error goes on"
-    if not out_of_memory(e) or self.processes > 1: raise e
-    for p in self.params: p.grad = None
-    text = str(e).splitlines()[0]
-    free_memory(e)
-    return text
-
-@patch
-def _halve(self:Learner, micro, problem):
-    "Cut every micro-batch of this run in twice as many parts"
-    shapes = [tuple(b['input_ids'].shape) for _, b in micro if b and 'input_ids' in b]
-    rows = max(_n_rows(b) for _, b in micro if b)
-    if self._parts >= rows: raise LmnotesError(f'batch_size: memory ran out in step {self.step} with one row at a time, input_ids {shapes}: {problem}. Shorter rows, recompute=True or a smaller model may fit')
-    self._parts *= 2
-    warnings.warn(f'memory ran out in step {self.step}, input_ids {shapes}; micro-batches are now cut in {self._parts} parts, the step and its loss stay the same')
-
-# %% ../nbs/06_training.ipynb #669b4b9e
+# %% ../nbs/06_training.ipynb #3d95cf8d
 @patch
 def validate(self:Learner, rows=None, # rows or batches to score; valid by default
 )->Perplexity: # over all scored tokens of all processes; sums are kept, never logits
     "Score data with dropout off, in its order. The mode of every module and all random states come back as they were."
     data = self.valid if rows is None else rows
     require(data is not None and (not hasattr(data, '__len__') or len(data) > 0), 'valid', data, 'rows or batches to validate on')
-    source, module, sums, n = self._source(data, self.processes, in_order), self.wrapped if self.shard else self.scored, [], 0
+    source, found = self._source(data, self.processes, in_order), []
     with kept_randomness(), evaluating(self.model):
-        for batch in source.once(self.rank, self.processes):
-            with self.autocast(): s, count = module(self._on_device(batch))
-            sums, n = sums + [s], n + int(count)
-    loss, n = total(self.accelerator, sum(torch.stack(sums).tolist()), n)
+        for batch in source.once(self.rank, self.processes): found += self._score(batch)
+    sums = torch.stack([s for s, _ in found]).tolist()
+    loss, n = total(self.accelerator, sum(sums), sum(n for _, n in found))
     require(n > 0, 'valid', f'{n:.0f} scored labels', 'data with at least one label that is not -100')
     return Perplexity(loss, int(n))
 
-# %% ../nbs/06_training.ipynb #8f844e75
 @patch
-def _minutes_over(self:Learner): return bool(self.main and self.save_minutes and time.monotonic() - self._saved_at > 60 * self.save_minutes)
+def _score(self:Learner, batch):
+    "Sum and count of a batch, or of its parts where memory runs out"
+    module = self.wrapped if self.shard else self.scored
+    while True:
+        try:
+            with self.autocast(): return [module(self._on_device(part)) for part in self._cut(batch)]
+        except Exception as e: problem = self._give_way(e)
+        self._halve([([], batch)], problem)
+
+# %% ../nbs/06_training.ipynb #5d12e3b8
+@patch
+def _minutes_over(self:Learner):
+    return bool(self.main and self.save_minutes and time.monotonic() - self._saved_at > 60 * self.save_minutes)
 
 @patch
 def _due(self:Learner):
     "Whether to write a checkpoint now; the same answer in all processes"
-    return self.out_dir and (self.step == self.total or self.stop or self._asked or self._late or self.save_every and self.step % self.save_every == 0)
+    at = self.save_every and self.step % self.save_every == 0
+    return self.out_dir and (self.step == self.total or self.stop or self._asked or self._late or at)
 
 @patch
 def checkpoint(self:Learner)->Path: # the folder; a good one that is there already is kept
@@ -327,13 +364,20 @@ def load(self:Learner,
     load_run(self, folder, allow_change)
     return self
 
-# %% ../nbs/06_training.ipynb #156ca583
+# %% ../nbs/06_training.ipynb #5cb71c29
 @patch
 def save(self:Learner, folder # must not exist yet, or be empty
     ):
     "Write the trained model alone, in the format its `save_pretrained` has. With several processes all call it."
-    require(hasattr(self.model, 'save_pretrained'), 'model', type(self.model).__name__, 'one with save_pretrained; checkpoint() writes any')
+    fine = hasattr(self.model, 'save_pretrained')
+    require(fine, 'model', type(self.model).__name__, 'one with save_pretrained; checkpoint() writes any')
     folder = Path(folder).expanduser()
-    require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()), 'folder', str(folder), 'a folder that does not exist yet, or is empty')
+    empty = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+    require(empty, 'folder', str(folder), 'a folder that does not exist yet, or is empty')
     with_whole(self.model, lambda m: m.save_pretrained(folder))
     self.accelerator.wait_for_everyone()
+
+@patch
+def report(self:Learner)->RunReport: # shows as a table
+    "What the run cost: tokens a second, utilization, memory, energy where it can be read, device, versions, seed."
+    return run_report(self)
