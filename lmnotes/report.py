@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['train_flops', 'peak_flops', 'energy', 'Meter', 'memory_table', 'RunReport', 'run_report']
 
-# %% ../nbs/06h_report.ipynb #cbafe484
+# %% ../nbs/06h_report.ipynb #9acb09df
 import platform, re, sys, time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .core import el, require, versions
+from .core import cpus, el, require, versions
 from .costs import model_card
 from .loaders import Rows, kept_randomness
 from .models import TransformerConfig
@@ -65,7 +64,7 @@ def train_flops(learn # a Learner that has run
         else: flops, rule = 6 * _in_products(learn.model) * rows * T, '6 x parameters x tokens'
     return flops * (4 + 2 * share) / 6, rule
 
-# %% ../nbs/06h_report.ipynb #1b070d5b
+# %% ../nbs/06h_report.ipynb #2b05e8b0
 # TFLOPS by the makers' data sheets: dense products in bf16 (fp16 before Ampere) with float32 sums; float32 without TF32
 _gpus = {'B200': (2250, 75), 'H200': (989, 67), 'GH200': (989, 67), 'H100 NVL': (835, 60), 'H100 PCIe': (756, 51),
          'H100': (989, 67), 'A100': (312, 19.5), 'A40': (150, 37.4), 'A30': (165, 10.3), 'A10G': (70, 31.5),
@@ -73,39 +72,43 @@ _gpus = {'B200': (2250, 75), 'H200': (989, 67), 'GH200': (989, 67), 'H100 NVL': 
          'RTX A6000': (155, 38.7), 'RTX 4090': (165, 82.6), 'RTX 3090': (71, 35.6), 'T4': (65, 8.1), 'V100': (125, 15.7),
          'P100': (18.7, 9.3), 'MI300X': (1307, 163)}
 
-@lru_cache
-def _measured_flops(device, dtype, threads):
-    "The best of some products of two square matrices, within half a second or so"
-    n = 1024 if device == 'cpu' else 8192
-    a, best, end = torch.ones(n, n, dtype=dtype, device=device), float('inf'), time.perf_counter() + .5
-    wait = torch.get_device_module(device.split(':')[0]).synchronize
-    while time.perf_counter() < end or best == float('inf'):
-        start = time.perf_counter()
+_best = {}                                                             # the best that was ever measured here
+
+def _measured_flops(device, dtype):
+    "Products of two square matrices for .3 s or so. A processor's own time is taken, since others may work on it, too"
+    cpu, key, done = device.type == 'cpu', (device, dtype, torch.get_num_threads()), 0
+    n, clock, cores = (1024, time.process_time, min(torch.get_num_threads(), cpus())) if cpu else (8192, time.perf_counter, 1)
+    a, wait = torch.ones(n, n, dtype=dtype, device=device), torch.get_device_module(device).synchronize
+    a @ a                                                              # loads the code
+    wait()
+    start = clock()
+    while not done or clock() < start + .3 * cores:
         a @ a
         wait()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+        done += 1
+    _best[key] = max(_best.get(key, 0.), done * 2 * n**3 / (clock() - start) * cores)
+    return _best[key]
 
 def peak_flops(device, # a torch.device or its name
                dtype:torch.dtype=torch.float32, # what products are computed in
                )->tuple[float, str]: # operations a second, and how that is known
-    "The most that a device can do: by the maker's data sheet, or of a product measured once where we have none."
+    "The most that a device can do: by the maker's data sheet, or of a product measured here where we have none."
     device, half = torch.device(device), dtype in (torch.float16, torch.bfloat16)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     key = next((k for k in _gpus if re.search(rf'\b{k}\b', name)), None)
     if key is None or not half and dtype != torch.float32:
-        return _measured_flops(str(device), dtype, torch.get_num_threads()), f'a product in {str(dtype)[6:]}, measured'
+        return _measured_flops(device, dtype), f'a product in {str(dtype)[6:]}, measured'
     tf32 = torch.get_float32_matmul_precision() != 'highest' and torch.cuda.get_device_capability(device)[0] >= 8
     if half or tf32: return 1e12 * _gpus[key][0] / (1 if half else 2), f'data sheet of {key}' + ', TF32' * (not half)
     return 1e12 * _gpus[key][1], f'data sheet of {key}'
 
-# %% ../nbs/06h_report.ipynb #abd48d58
+# %% ../nbs/06h_report.ipynb #14a7646e
 def _memory(device):
     "Bytes held now and at the peak: by tensors on a GPU, else by the process; None where nothing tells"
     if device.type == 'cuda': return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    try: read = dict(re.findall(r'(VmRSS|VmHWM):\s*(\d+)', Path('/proc/self/status').read_text()))
-    except OSError: read = {}
-    if len(read) == 2: return 1024 * int(read['VmRSS']), 1024 * int(read['VmHWM'])
+    try: kb = {k: int(n) for k, n in re.findall(r'(VmRSS|VmHWM|RssFile):\s*(\d+)', Path('/proc/self/status').read_text())}
+    except OSError: kb = {}
+    if len(kb) == 3: return tuple(1024 * (kb[k] - kb['RssFile']) for k in ('VmRSS', 'VmHWM'))     # code is not the run's
     try: import resource
     except ImportError: return None, None                               # Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
@@ -180,7 +183,7 @@ class Meter:
 
     def load_state_dict(self, state, tensors=None): self.peak, self.joules = state['peak'], dict(state['joules'])
 
-# %% ../nbs/06h_report.ipynb #717b86e1
+# %% ../nbs/06h_report.ipynb #df6839b4
 def memory_table(learn, # a Learner that has run
                  peak:int|None=None, # bytes, as measured by a Meter
                  )->list[tuple]: # rows of (what, bytes by formula or None, bytes measured or None)
@@ -188,12 +191,14 @@ def memory_table(learn, # a Learner that has run
     held, config, lengths = _held(learn), getattr(learn.model, 'config', None), _row_lengths(learn)
     rows = [(k, None, v) for k, v in held.items()]
     if isinstance(config, TransformerConfig) and lengths:
-        card = model_card(config, learn.batch_size, max(1, round(sum(lengths) / len(lengths)))).bytes
+        card = model_card(config, learn.batch_size, max(1, round(sum(lengths) / len(lengths))))
+        card, full = card.bytes, 4 * card.parts['norms'].saved           # norms keep float32 under autocast
         optimizer = 'Muon' if any(isinstance(o, getattr(torch.optim, 'Muon', ())) for o in learn.opts) else 'AdamW'
         share, half = held['gradients'] / held['weights'], PRECISIONS[learn.precision].itemsize / 4
         predicted = card['weights'], round(card['gradients'] * share), round(card[f'optimizer, {optimizer}'] * share)
         rows = [(k, p, v) for (k, v), p in zip(held.items(), predicted)]
-        rows += [('activations', round(card['activations'] * half), None), ('logits, a chunk', card['logits, a chunk'], None)]
+        rows += [('activations', round(full + half * (card['activations'] - full)), None),
+                 ('logits, a chunk', card['logits, a chunk'], None)]
         if half < 1: rows.append((f'weights in {learn.precision}', round(card['weights'] * half), None))
     if peak is None: return rows
     rows.append(('all else at the peak', None, peak - sum(held.values())))
