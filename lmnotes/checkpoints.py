@@ -62,12 +62,11 @@ def _reading(path):
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise CheckpointError(f'{path} is not valid: {str(e)[:200]}') from e
 
-# %% ../nbs/06b_checkpoints.ipynb #939f3559
+# %% ../nbs/06b_checkpoints.ipynb #3705ca1b
 def read_tensors(
     path:Path|str, # a safetensors file
 )->dict[str, Tensor]: # by name, on the CPU, each in memory of its own
-    """Read a safetensors file straight into the memory of its tensors, in which they must lie one after the other.
-    CheckpointError where it is anything else."""
+    "Read a safetensors file straight into the memory of its tensors. CheckpointError where it is anything else."
     tensors, at, path = {}, 0, Path(path)
     with _reading(path), open(path, 'rb') as f:
         start = f.read(8)
@@ -124,16 +123,13 @@ def _check(tensors, state):
     require(len(raw) <= _max_json, 'state', f'{len(raw):,} bytes', f'at most {_max_json:,}: put numbers in bulk into tensors')
     return raw
 
-# %% ../nbs/06b_checkpoints.ipynb #184193df
+# %% ../nbs/06b_checkpoints.ipynb #6db268c1
 def _write(path, pieces):
     "Write a new file and wait until it is on the disk; its size and SHA-256, for the manifest"
     digest = hashlib.sha256()
     with open(path, 'xb') as f:
-        for piece in pieces:
-            f.write(piece)
-            digest.update(piece)
-        f.flush()
-        os.fsync(f.fileno())
+        for piece in pieces: f.write(piece); digest.update(piece)
+        f.flush(); os.fsync(f.fileno())
         return dict(bytes=f.tell(), sha256=digest.hexdigest())
 
 def _sync(path):
@@ -145,14 +141,13 @@ def _sync(path):
         if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS): raise
     finally: os.close(fd)
 
-# %% ../nbs/06b_checkpoints.ipynb #c2d2cfdc
+# %% ../nbs/06b_checkpoints.ipynb #9a129f0f
 def save_checkpoint(
     folder:Path|str, # where to put it; must not exist
     tensors:dict[str, dict[str, Tensor]], # file name without ending -> name -> tensor
     state:dict, # values that JSON gives back as they are
 )->Path: # the folder
-    """Write safetensors files, state.json and, last of all, manifest.json: all or nothing. Where the disk is full or fails,
-    OSError names the folder and the bytes needed. LmnotesError where something is at folder or cannot be stored."""
+    "Write a checkpoint, all or nothing. OSError names folder and bytes needed, LmnotesError what cannot be stored."
     import lmnotes
     raw, folder, placed = _check(tensors, state), Path(folder), False
     require(not os.path.lexists(folder), 'folder', str(folder), 'a path where nothing is (sweep removes what a kill left)')
@@ -188,15 +183,14 @@ def _remove(folder):
         with suppress(OSError): _sync(folder)
     shutil.rmtree(folder)
 
-# %% ../nbs/06b_checkpoints.ipynb #476b6275
+# %% ../nbs/06b_checkpoints.ipynb #6fad5b0b
 def _sha256(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def verify_checkpoint(
     folder:Path|str, # a checkpoint
 )->dict: # the manifest: format, versions, files
-    """Compare every file with the manifest. CheckpointError names the file that differs, is missing or cannot be read, or
-    the folder if it is not complete."""
+    "Compare every file with the manifest. CheckpointError names one that differs, is missing or cannot be read."
     folder = Path(folder)
     with _reading(path := folder/_manifest), open(path, 'rb') as f:
         if os.path.lexists(folder/_part): raise ValueError(f'{_part} is still there, so the save did not finish')
@@ -215,12 +209,11 @@ def verify_checkpoint(
                 raise CheckpointError(f'{path} is not what was written: its size or SHA-256 is not that of the manifest')
     return manifest
 
-# %% ../nbs/06b_checkpoints.ipynb #5d74e389
+# %% ../nbs/06b_checkpoints.ipynb #a831cde7
 def load_checkpoint(
     folder:Path|str, # a checkpoint
 )->tuple[dict[str, dict[str, Tensor]], dict]: # tensors by file and name, on the CPU, and the state
-    """Verify, then read; nothing is unpickled. CheckpointError names the file that is damaged or missing, and the newest
-    checkpoint before this one that is whole."""
+    "Verify, then read. CheckpointError names the file that is not as it was, and the newest good checkpoint before."
     folder = Path(folder)
     try:
         files = verify_checkpoint(folder)['files']
@@ -258,12 +251,11 @@ def newest_good(
         if _number(p) >= _number(before): continue
         with suppress(CheckpointError): return verify_checkpoint(p) and p
 
-# %% ../nbs/06b_checkpoints.ipynb #eb9c5fe4
+# %% ../nbs/06b_checkpoints.ipynb #5cb0292a
 def sweep(
     out_dir:Path|str, # folder of a run; hold its lock
 )->list[Path]: # what was removed
-    """Remove what a killed save or removal left: temporary folders, and step-N without a finished manifest; one warning
-    names them. Everything else stays, a step-N that holds files of another kind included."""
+    "Remove what a killed save or prune left, named in one warning; everything else stays, step-N with other files included"
     ours = lambda p: (p.name in (_manifest, _part) or _file_name.fullmatch(p.name)) and p.is_file() and not p.is_symlink()
     temporary = lambda p: re.fullmatch(r'\.step-[0-9]+\.[0-9a-f]{8}\.tmp', p.name) and p.is_dir() and not p.is_symlink()
     left = [p for p in Path(out_dir).iterdir() if temporary(p)] if Path(out_dir).is_dir() else []

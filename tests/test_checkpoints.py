@@ -1,6 +1,6 @@
 """lmnotes.checkpoints under faults: every call to the file system of a save fails or is the last before a kill, with renames whole and piecewise; random kills,
 limits, flipped bits, hostile files, two writers. Faults come in below the code: by Python's audit events, os.fsync and the file's write."""
-import builtins, errno, hashlib, io, json, os, pickle, random, re, resource, shutil, signal, subprocess, sys, time, types, warnings
+import builtins, errno, hashlib, io, json, os, pickle, random, re, resource, shutil, signal, subprocess, sys, tempfile, time, types, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -255,13 +255,21 @@ def test_file_size_limit(run):
     assert set(ended) == {0} and len(ended) > 20
     assert_run(run, [1])
 
-@pytest.mark.skipif(hasattr(os, 'geteuid') and os.geteuid() == 0, reason='root writes anywhere')
-def test_read_only_folder(run):
-    run.chmod(0o555)
-    try:
+def test_read_only_folder():
+    "As a user who may not write there; root becomes one"
+    run = Path(tempfile.mkdtemp())/'run'
+    save(run, 1)
+    run.parent.chmod(0o755); run.chmod(0o555)
+    def child():
+        if os.geteuid() == 0: os.setuid(65534)
         with pytest.raises(PermissionError, match='needs'): save(run, 2)
+        with pytest.raises(PermissionError), lock(run): pass
+        with pytest.warns(UserWarning, match='step-1 could not be removed'): save_and_prune(run)
         assert_step(run/'step-1')
-    finally: run.chmod(0o755)
+    def save_and_prune(run):
+        with pytest.MonkeyPatch.context() as m: m.setattr(ck, 'checkpoints', lambda run: [run/'step-1', run/'step-2']); assert prune(run, 1) == []
+    assert in_child(child) == 0 and [p.name for p in run.iterdir()] == ['step-1']
+    run.chmod(0o755); shutil.rmtree(run.parent)
 
 # --- damage -----------------------------------------------------------------------------------------------------------------------
 
@@ -295,6 +303,7 @@ def test_file_not_as_it_was(run, tmp_path, file):
     for make in (lambda: path.symlink_to(tmp_path/'good'), lambda: path.symlink_to(tmp_path/'nowhere'), lambda: os.mkfifo(path)):
         make(); assert_damaged(run, file); path.unlink()
     path.mkdir(); assert_damaged(run, file); path.rmdir()
+    (run/'step-2'/'manifest.part').touch(); path.write_bytes(good); assert_damaged(run, 'manifest.json'); (run/'step-2'/'manifest.part').unlink(); path.unlink()
     if file == 'manifest.json':                                             # without it the checkpoint is none
         assert checkpoints(run) == [run/'step-1'] and newest_good(run) == run/'step-1'
         with pytest.raises(CheckpointError, match='manifest.json.*step-1 is whole'): load_checkpoint(run/'step-2')
