@@ -6,63 +6,74 @@
 __all__ = ['mix', 'seed_all', 'kept_randomness', 'row_order', 'in_order', 'by_length', 'draws_nothing', 'Rows', 'Stream',
            'fingerprint']
 
-# %% ../nbs/06e_loaders.ipynb #562ad6ba
-import hashlib, random, struct
+# %% ../nbs/06e_loaders.ipynb #e95acd2b
+import copy, hashlib, random, struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain, count, islice
+from itertools import chain, count, islice, tee
+
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
+
 from .core import LmnotesTypeError, require
 
-# %% ../nbs/06e_loaders.ipynb #d9e8e048
-def mix(*numbers:int # whole numbers, such as seed, epoch, row
+# %% ../nbs/06e_loaders.ipynb #4a18d369
+def mix(
+    *numbers:int, # whole numbers, such as seed, epoch, row
 )->int: # 0 to 2**63 - 1
     "One seed from several numbers: equal for equal numbers, in any process, and else as if drawn."
-    packed = struct.pack(f'<{len(numbers)}q', *(n % 2**63 for n in numbers))
+    packed = struct.pack(f'<{len(numbers)}q', *(int(n) % 2**63 for n in numbers))
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), 'little') >> 1
 
-def seed_all(*numbers:int # as for mix
+def seed_all(
+    *numbers:int, # as for mix
 ):
     "Seed Python's, NumPy's and torch's generators from these numbers, the device's too."
     seed = mix(*numbers)
     random.seed(seed); np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)              # torch.manual_seed asks for devices each time: 100 times as long
+    torch.default_generator.manual_seed(seed)             # torch.manual_seed asks for devices, which takes longer
     for device in (torch.cuda, torch.xpu):
         if device.is_initialized(): device.manual_seed(seed)
     if torch.backends.mps.is_built(): torch.mps.manual_seed(seed)
 
-# %% ../nbs/06e_loaders.ipynb #cbcf154c
+# %% ../nbs/06e_loaders.ipynb #1e8e1545
 @contextmanager
 def kept_randomness():
-    "Give the caller's random states back, whatever is drawn inside: Python's, NumPy's, torch's, the device's."
-    python, numpy, gpu = random.getstate(), np.random.get_state(), torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    "Give the random states back that the caller had: Python's, NumPy's, torch's, a CUDA or XPU device's."
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     devices = [torch.get_device_module(gpu).current_device()] if gpu is not None and gpu.type != 'mps' else []
+    python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices, device_type=gpu.type if devices else 'cuda'):
         try: yield
         finally: random.setstate(python); np.random.set_state(numpy)
 
-# %% ../nbs/06e_loaders.ipynb #7b04933b
+# %% ../nbs/06e_loaders.ipynb #5a8a2590
 def row_order(
     n:int, # number of rows
     seed:int, # of the run
     epoch:int, # from 0
 )->Tensor: # (n,) a permutation of 0 to n - 1
-    "The order of an epoch, a pure function of its arguments."
+    "The order of an epoch, equation (6e.1): a pure function of its arguments."
     return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, epoch)))
 
-def in_order(n:int, seed:int, epoch:int)->Tensor: # (n,) 0, 1, 2, ...
+def in_order(
+    n:int, # number of rows
+    seed:int, # without effect
+    epoch:int, # without effect
+)->Tensor: # (n,) 0, 1, 2, ...
     "No shuffling."
     return torch.arange(n)
 
-# %% ../nbs/06e_loaders.ipynb #21daa593
+# %% ../nbs/06e_loaders.ipynb #2830455a
 def by_length(
     lengths, # (n,) length of each row, in tokens
     batch_size:int, # rows of a micro-batch, as given to the Learner
     pool:int=32, # micro-batches that are sorted together
 )->Callable: # (n, seed, epoch) -> (n,) an order
-    "An order in which neighbors are about equally long: shuffle, sort pools of rows by length, cut into batches, shuffle these."
+    """An order in which neighbors are about equally long: shuffle, sort pools of rows by length, cut them into
+    batches, shuffle these. LmnotesError where there is not one length for each row."""
     lengths = torch.as_tensor(lengths)
     for name, value in (('batch_size', batch_size), ('pool', pool)):
         require(isinstance(value, int) and value >= 1, name, value, 'a whole number of 1 or more')
@@ -71,19 +82,22 @@ def by_length(
         pools = row_order(n, seed, epoch).split(pool * batch_size)
         batches = [b for p in pools for b in p[lengths[p].argsort(stable=True)].split(batch_size)]
         short = [batches.pop()] if len(batches[-1]) < batch_size else []        # the short one stays last
-        return torch.cat([batches[i] for i in row_order(len(batches), seed, epoch)] + short)
+        return torch.cat([batches[i] for i in row_order(len(batches), mix(seed, 1), epoch)] + short)
     return order
 
-# %% ../nbs/06e_loaders.ipynb #da429990
-def draws_nothing(rows)->bool:
-    "Whether reading a row cannot draw random numbers: plain containers, and datasets without a transform of the user's."
-    if isinstance(rows, (list, tuple, Tensor, np.ndarray)): return True
+# %% ../nbs/06e_loaders.ipynb #a7d68418
+def draws_nothing(
+    rows, # with a length and an index
+)->bool: # False: perhaps it draws
+    "Whether reading a row draws no random numbers: so in plain containers, and datasets without a transform."
+    if type(rows) in (list, tuple, np.ndarray) or isinstance(rows, Tensor): return True
     return type(rows).__module__.startswith('datasets.') and getattr(rows, 'format', {}).get('type') != 'custom'
 
-# %% ../nbs/06e_loaders.ipynb #e0260b6c
+# %% ../nbs/06e_loaders.ipynb #1c282c34
 class Rows:
-    """Micro-batches of rows, each a pure function of (step, place): `source[step, i]` is micro-batch i of a step, a dict, or None where
-    the epoch's last step is short. Whatever reading a row or collating draws is seeded by (seed, epoch, row) and (seed, step, i)."""
+    """Micro-batches of rows, each a pure function of (step, place): `source[step, i]` is micro-batch i of a step, a
+    dict, or None where the epoch's last step is short. Whatever reading a row draws is seeded by (seed, epoch, row),
+    whatever collating draws by (seed, step, i)."""
     def __init__(self,
         rows, # with a length and an index
         collate_fn:Callable, # list of rows -> dict batch
@@ -93,115 +107,166 @@ class Rows:
         order:Callable=row_order, # (n, seed, epoch) -> (n,) order of an epoch
     ):
         require(len(rows) > 0, 'len(train)', 0, '1 row or more')
-        self.rows, self.collate_fn, self.batch_size, self.per_step, self.seed, self.order = rows, collate_fn, batch_size, per_step, seed, order
+        self.rows, self.collate_fn, self.seed, self.order = rows, collate_fn, seed, order
+        self.batch_size, self.per_step = batch_size, per_step
         self.steps_per_epoch = -(-len(rows) // (batch_size * per_step))
         self.plain, self.kept = draws_nothing(rows), (None, None)
 
-    def epoch(self, n:int # from 0
+    def epoch(self,
+        n:int, # from 0
     )->Tensor: # (rows,) its order, kept until another epoch is asked for
         "The order of an epoch, checked."
         if self.kept[0] != n:
             order = torch.as_tensor(self.order(len(self.rows), self.seed, n))
-            require(order.shape == (len(self.rows),), 'order', tuple(order.shape), f'({len(self.rows)},), a place for each row')
+            n_rows = len(self.rows)
+            require(order.shape == (n_rows,), 'order', tuple(order.shape), f'({n_rows},), one place for each row')
             self.kept = n, order
         return self.kept[1]
 
-    def names(self, step:int, i:int)->list[int]: # rows of micro-batch i of a step
-        "Which rows a micro-batch holds."
+    def names(self,
+        step:int, # from 0
+        i:int, # which micro-batch of the step
+    )->list[int]: # up to batch_size numbers of rows
+        "Which rows a micro-batch holds, equation (6e.2)."
         epoch, at = divmod(step, self.steps_per_epoch)
         start = (at * self.per_step + i) * self.batch_size
         return self.epoch(epoch)[start:start + self.batch_size].tolist()
 
-    def __getitem__(self, key:tuple)->dict|None: # (step, i), and perhaps the names
-        step, i, *names = key
-        names = names[0] if names else self.names(step, i)
-        if not names: return None
-        if self.plain and hasattr(self.rows, '__getitems__'): rows = self.rows.__getitems__(names)
-        else: rows = [self.row(step // self.steps_per_epoch, j) for j in names]
-        seed_all(self.seed, step, i)
-        return self.collate_fn(rows)
+# %% ../nbs/06e_loaders.ipynb #79d1212d
+@patch
+def __getitem__(self:Rows,
+    key:tuple, # (step, i), and perhaps the names
+)->dict|None: # the collated batch; None where there are no rows
+    "Read and collate a micro-batch."
+    step, i, *names = key
+    names = names[0] if names else self.names(step, i)
+    if not names: return None
+    if self.plain and hasattr(self.rows, '__getitems__'): rows = self.rows.__getitems__(names)
+    else: rows = [self.row(step // self.steps_per_epoch, j) for j in names]
+    seed_all(self.seed, step, i)
+    return self.collate_fn(rows)
 
-    def row(self, epoch, j):
-        if not self.plain: seed_all(self.seed, epoch, j, 0)
-        return self.rows[j]
+@patch
+def row(self:Rows,
+    epoch:int, # from 0
+    j:int, # number of the row
+): # what it is
+    "Read a row, seeded where that may draw."
+    if not self.plain: seed_all(self.seed, epoch, j, 0, 0)      # five numbers: no other use of seed_all has as many
+    return self.rows[j]
 
-    def read(self, start:int, stop:int, rank:int=0, processes:int=1, num_workers:int=0, pin:bool=False)->Iterator[list]:
-        "The micro-batches of each step from start to stop that fall to one process: lists of (names, batch)."
-        keys = [(s, i) for s in range(start, stop) for i in range(rank, self.per_step, processes)] if num_workers else None
-        if num_workers:
-            from torch.utils.data import DataLoader
-            batches = iter(DataLoader(self, batch_size=None, sampler=keys, num_workers=num_workers, collate_fn=_same, pin_memory=pin))
-        for step in range(start, stop):
-            mine = [(step, i, self.names(step, i)) for i in range(rank, self.per_step, processes)]
-            yield [(key[2], next(batches) if num_workers else self[key]) for key in mine]
-
-    def once(self, rank:int=0, processes:int=1)->Iterator[dict|None]: # batches, None to make the numbers equal
-        "What falls to one process in one pass over all rows."
-        for step in self.read(0, self.steps_per_epoch, rank, processes): yield from (batch for _, batch in step)
-
+# %% ../nbs/06e_loaders.ipynb #74cb86b9
 def _same(x): return x
 
-# %% ../nbs/06e_loaders.ipynb #7e73776f
+@patch
+def read(self:Rows,
+    start:int, # first step
+    stop:int, # behind the last step
+    rank:int=0, # which process
+    processes:int=1, # of how many
+    num_workers:int=0, # worker processes that read ahead
+    pin:bool=False, # put batches in memory that a GPU reads faster
+)->Iterator[list]: # for each step a list of (names, batch)
+    "The micro-batches of each step that fall to one process: every processes-th, from its rank on."
+    mine = range(rank, self.per_step, processes)
+    keys = ((step, i, self.names(step, i)) for step in range(start, stop) for i in mine)
+    if num_workers:
+        from torch.utils.data import DataLoader
+        keys, ahead = tee(keys)
+        reader = copy.copy(self)
+        reader.order, reader.kept = None, (None, None)    # workers are told the names: no order to pickle
+        batches = iter(DataLoader(reader, None, sampler=ahead, num_workers=num_workers, collate_fn=_same,
+                                  pin_memory=pin))
+    for step in range(start, stop):
+        yield [(key[2], next(batches) if num_workers else self[key]) for key in islice(keys, len(mine))]
+
+@patch
+def once(self:Rows,
+    rank:int=0, # which process
+    processes:int=1, # of how many
+)->Iterator[dict|None]: # batches, None to make the numbers equal
+    "What falls to one process in one pass over all rows."
+    for step in self.read(0, self.steps_per_epoch, rank, processes): yield from (batch for _, batch in step)
+
+# %% ../nbs/06e_loaders.ipynb #753dd5ca
 class Stream:
-    """Micro-batches from an iterable, in its order: dict batches, or rows to be collated. It is read from its start in each epoch, after seeding by (seed, epoch),
-    so a shuffling DataLoader is reproducible, too; going on after a restart reads and drops what was used. `set_epoch` is called where there is one."""
-    def __init__(self, source, collate_fn:Callable|None, batch_size:int, per_step:int, seed:int=0):
-        self.source, self.collate_fn, self.batch_size, self.per_step, self.seed = source, collate_fn, batch_size, per_step, seed
-        n = len(source) if hasattr(source, '__len__') else None
+    """Micro-batches from an iterable, in its order: dict batches, or rows to be collated. It is read from its start in
+    each epoch, seeded by (seed, epoch), and before each micro-batch by (seed, epoch, its number), so a shuffling
+    DataLoader is reproducible, too; going on after a restart reads and drops what was used. `set_epoch` is called where
+    there is one."""
+    def __init__(self,
+        source, # an iterable that can be read again
+        collate_fn:Callable|None, # list of rows -> dict batch; None: the iterable gives batches
+        batch_size:int, # rows of a micro-batch, where there is a collate_fn
+        per_step:int, # micro-batches of a step, over all processes
+        seed:int=0, # decides what the iterable draws
+    ):
+        self.source, self.collate_fn, self.per_step, self.seed = source, collate_fn, per_step, seed
+        self.size, n = batch_size if collate_fn else 1, len(source) if hasattr(source, '__len__') else None
         require(n != 0, 'len(train)', n, '1 or more')
-        per_step = per_step * (batch_size if collate_fn else 1)
-        self.steps_per_epoch = None if n is None else -(-n // per_step)
+        self.steps_per_epoch = None if n is None else -(-n // (per_step * self.size))
 
-    def epoch(self, epoch:int)->Iterator[dict]:
-        "The micro-batches of one pass."
-        for x in (self.source, getattr(self.source, 'sampler', None)):
-            if hasattr(x, 'set_epoch'): x.set_epoch(epoch)
-        seed_all(self.seed, epoch)
+    def epoch(self, n:int # from 0
+    )->Iterator[dict]: # micro-batches
+        "One pass."
+        for x in (self.source, *(getattr(self.source, k, None) for k in ('sampler', 'batch_sampler', 'dataset'))):
+            if hasattr(x, 'set_epoch'): x.set_epoch(n)
+        seed_all(self.seed, n)
         items = iter(self.source)
-        if self.collate_fn is None: yield from items
-        else:
-            while rows := list(islice(items, self.batch_size)): yield self.collate_fn(rows)
+        for i in count():
+            seed_all(self.seed, n, i)
+            if not (rows := list(islice(items, self.size))): return
+            yield self.collate_fn(rows) if self.collate_fn else rows[0]
 
-    def one_pass(self, e:int)->Iterator[list]:
-        "The steps of an epoch: lists of per_step (name, batch), (nothing, None) where the last is short."
-        batches, n = self.epoch(e), 0
-        while step := list(islice(batches, self.per_step)):
-            for i, b in enumerate(step): _check_batch(f'batch {n + i} of epoch {e}', b)
-            yield [([f'batch {n + i} of epoch {e}'], b) for i, b in enumerate(step)] + [([], None)] * (self.per_step - len(step))
-            n += len(step)
-        require(n > 0, 'train', type(self.source).__name__, 'an iterable that can be read again in each epoch, or has enough for all steps')
+    def read(self, start, stop, rank=0, processes=1, num_workers=0, pin=False)->Iterator[list]:
+        "As in Rows; each process reads everything and keeps its share. Workers are the iterable's own affair."
+        allowed = '0 for an iterable; a DataLoader as train brings its own workers'
+        require(not num_workers, 'num_workers', num_workers, allowed)
+        steps = chain.from_iterable(map(self.one_pass, count()))
+        for step in islice(steps, start, stop): yield step[rank::processes]
 
-    def read(self, start:int, stop:int, rank:int=0, processes:int=1, num_workers:int=0, pin:bool=False)->Iterator[list]:
-        "As in Rows. Workers are the iterable's own affair."
-        require(not num_workers, 'num_workers', num_workers, '0 for an iterable; a DataLoader as train brings its own workers')
-        for step in islice(chain.from_iterable(map(self.one_pass, count())), start, stop): yield step[rank::processes]
-
-    def once(self, rank:int=0, processes:int=1)->Iterator[dict|None]: # batches, None to make the numbers equal
-        "What falls to one process in one pass over all."
+    def once(self, rank=0, processes=1)->Iterator[dict|None]: # batches, None to make the numbers equal
+        "As in Rows."
         for step in self.one_pass(0): yield from (batch for _, batch in step[rank::processes])
 
-def _check_batch(name, batch): require(isinstance(batch, Mapping), name, type(batch).__name__, 'a dictionary of tensors; give collate_fn for rows', LmnotesTypeError)
+# %% ../nbs/06e_loaders.ipynb #c3b24e69
+@patch
+def one_pass(self:Stream,
+    n:int, # which epoch, from 0
+)->Iterator[list]: # for each step per_step pairs (name, batch), (nothing, None) where the last step is short
+    "The steps of an epoch. LmnotesError where the iterable gives nothing, LmnotesTypeError where it gives no batches."
+    batches, done = self.epoch(n), 0
+    while step := list(islice(batches, self.per_step)):
+        names = [f'batch {done + i} of epoch {n}' for i in range(len(step))]
+        for name, batch in zip(names, step):
+            allowed = 'a dictionary of tensors; give collate_fn for rows'
+            require(isinstance(batch, Mapping), name, type(batch).__name__, allowed, LmnotesTypeError)
+        yield [([name], batch) for name, batch in zip(names, step)] + [([], None)] * (self.per_step - len(step))
+        done += len(step)
+    allowed = 'an iterable that can be read again in each epoch, or has enough for all steps'
+    require(done > 0, 'train', type(self.source).__name__, allowed)
 
-# %% ../nbs/06e_loaders.ipynb #2ff68bdc
+# %% ../nbs/06e_loaders.ipynb #dd54a70e
 def _feed(h, x):
     "Hash plain values, arrays and containers of them by content"
-    if isinstance(x, Tensor): x = x.detach().cpu().contiguous().view(torch.uint8).numpy() if x.dtype == torch.bfloat16 else x.detach().cpu().numpy()
-    if isinstance(x, np.ndarray) and x.dtype != object: h.update(f'{x.dtype}{x.shape}'.encode()); h.update(np.ascontiguousarray(x))
-    elif isinstance(x, Mapping):
-        for k, v in x.items(): h.update(str(k).encode()); _feed(h, v)
+    if isinstance(x, Tensor):
+        h.update(f'{x.dtype}{tuple(x.shape)}'.encode())
+        x = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()      # its bytes, whatever its dtype
+    if isinstance(x, np.ndarray) and x.dtype != object:
+        h.update(f'{x.dtype}{x.shape}'.encode()); h.update(np.ascontiguousarray(x))
+    elif isinstance(x, Mapping): _feed(h, [v for item in x.items() for v in item])
+    elif isinstance(x, (list, tuple)) and x and all(type(v) is int for v in x): h.update(str(x).encode())
     elif isinstance(x, (list, tuple)):
-        if x and all(type(v) is int for v in x): h.update(str(x).encode())
-        else:
-            h.update(f'{type(x).__name__}{len(x)}'.encode())
-            for v in x: _feed(h, v)
-    elif isinstance(x, (str, bytes, int, float, bool, type(None))): h.update(f'{type(x).__name__}{x!r}'.encode())
+        h.update(f'{type(x).__name__}{len(x)}'.encode())
+        for v in x: _feed(h, v)
+    elif isinstance(x, (str, bytes, int, float, type(None))): h.update(f'{type(x).__name__}{x!r}'.encode())
     else: h.update(type(x).__name__.encode())
 
 def fingerprint(
     rows, # with a length and an index
     most:int=10_000, # rows that are read where there are more: evenly spaced ones
 )->str: # 32 hexadecimal digits
-    "A hash of the rows' content and number. Arrays and tensors are hashed whole; of other data at most `most` rows."
+    "A hash of the rows' content and number. Arrays and tensors are hashed whole; of other data at most so many rows."
     h = hashlib.blake2b(f'{len(rows)}'.encode(), digest_size=16)
     if isinstance(rows, (Tensor, np.ndarray)): _feed(h, rows)
     else:

@@ -5,16 +5,32 @@
 # %% auto #0
 __all__ = ['run_settings', 'alone', 'save_run', 'load_run', 'go_on']
 
-# %% ../nbs/06m_resuming.ipynb #adf878f5
+# %% ../nbs/06m_resuming.ipynb #3441f9ef
 import hashlib, json, time, warnings
 from contextlib import nullcontext
 from pathlib import Path
+
 from .core import LmnotesError, require
-from .checkpoints import CheckpointError, checkpoints, load_checkpoint, lock, prune, save_checkpoint, sweep, verify_checkpoint
-from .distributed import load_optimizer, load_whole, optimizer_tensors, total, whole_state
+from .checkpoints import (CheckpointError, checkpoints, load_checkpoint, lock, prune, save_checkpoint, sweep,
+                                 verify_checkpoint)
+from .distributed import load_optimizer, load_whole, optimizer_tensors, state_of, total, whole_state
 from .loaders import Rows, fingerprint
 
-# %% ../nbs/06m_resuming.ipynb #0a5b0fab
+# %% ../nbs/06m_resuming.ipynb #c6aff3df
+def _hyperparameters(opt, base):
+    "An optimizer as JSON: its kind, and of each group what is set"
+    plain, apart = (int, float, str, tuple, type(None)), ('params', 'lr', 'initial_lr')
+    kept = lambda g: {k: list(v) if isinstance(v, tuple) else v for k, v in g.items()
+                      if k not in apart and isinstance(v, plain)}
+    groups = zip(opt.param_groups, base)
+    return [type(opt).__name__, *(kept(g) | dict(lr=lr, tensors=len(g['params'])) for g, lr in groups)]
+
+def _stateful(learn):
+    "Callbacks that travel in checkpoints, by a name of their own"
+    kinds = [type(cb).__name__ for cb in learn.cbs]
+    named = {f'{kind}-{kinds[:i].count(kind)}': cb for i, (kind, cb) in enumerate(zip(kinds, learn.cbs))}
+    return {name: cb for name, cb in named.items() if hasattr(cb, 'state_dict') or hasattr(cb, 'tensors')}
+
 def run_settings(
     learn, # a Learner
     steps:int, # of the whole run
@@ -22,50 +38,46 @@ def run_settings(
     "What a run depends on, beside the model: a checkpoint goes on only where all of it is equal."
     if learn.kept_settings is None:
         rows = isinstance(learn.source, Rows)
-        learn.kept_settings = dict(rows=len(learn.train) if rows else None, data=fingerprint(learn.train) if rows else None,
-            order=hashlib.sha256(learn.source.epoch(0).numpy()).hexdigest()[:16] if rows else None,
-            batch_size=learn.batch_size, accumulate=learn.accumulate, processes=learn.processes, seed=learn.seed, lr=learn.lr, clip=learn.clip, precision=learn.precision,
-            loss=getattr(learn.loss, '__qualname__', type(learn.loss).__name__), optimizer=[_hyperparameters(o, base) for o, base in zip(learn.opts, learn.base)],
-            callbacks=list(_stateful(learn)))
+        data = dict(rows=len(learn.train), data=fingerprint(learn.train),
+                    order=hashlib.sha256(learn.source.epoch(0).numpy().tobytes()).hexdigest()[:16]) if rows else {}
+        same = ('batch_size', 'accumulate', 'processes', 'seed', 'lr', 'clip', 'precision')
+        rest = dict(loss=getattr(learn.loss, '__qualname__', type(learn.loss).__name__), callbacks=list(_stateful(learn)),
+                    optimizer=[_hyperparameters(o, base) for o, base in zip(learn.opts, learn.base)])
+        nothing = dict(rows=None, data=None, order=None)
+        learn.kept_settings = nothing | data | {k: getattr(learn, k) for k in same} | rest
     return learn.kept_settings | dict(schedule=[learn.schedule(steps * i // 4 - (i == 4), steps) for i in range(5)])
 
-def _hyperparameters(opt, base):
-    "An optimizer as JSON"
-    groups = [{k: list(v) if isinstance(v, tuple) else v for k, v in g.items() if k not in ('params', 'lr', 'initial_lr') and isinstance(v, (int, float, str, tuple, type(None)))} for g in opt.param_groups]
-    return [type(opt).__name__, *(dict(g, lr=lr, tensors=len(o['params'])) for g, lr, o in zip(groups, base, opt.param_groups))]
-
-def _stateful(learn):
-    "Callbacks that travel in checkpoints, by a name of their own"
-    kinds = [type(cb).__name__ for cb in learn.cbs]
-    return {f'{kinds[i]}-{kinds[:i].count(kinds[i])}': cb for i, cb in enumerate(learn.cbs) if hasattr(cb, 'state_dict') or hasattr(cb, 'tensors')}
-
-# %% ../nbs/06m_resuming.ipynb #46a10b29
-def alone(learn # a Learner
-):
-    "A context in which no other process writes to out_dir"
+# %% ../nbs/06m_resuming.ipynb #b5f0f744
+def alone(
+    learn, # a Learner
+): # a context
+    "No other process writes to out_dir inside. CheckpointError says who holds it."
     return lock(learn.out_dir) if learn.out_dir and learn.main else nullcontext()
 
-# %% ../nbs/06m_resuming.ipynb #c60375df
+# %% ../nbs/06m_resuming.ipynb #11115264
 def _write(learn, folder, tensors, state):
     "Save, unless it is there; a damaged one is put aside. Then remove what is not to be kept"
     if folder.exists():
         try: return verify_checkpoint(folder)
         except CheckpointError: folder.rename(folder.with_name(f'damaged-{folder.name}-{time.time_ns()}'))
     save_checkpoint(folder, tensors, state)
-    if learn.keep: prune(learn.out_dir, learn.keep, always=[learn.out_dir/f'step-{learn.best_step:06d}'] if learn.best_step is not None else [])
+    best = [] if learn.best_step is None else [learn.out_dir/f'step-{learn.best_step:06d}']
+    if learn.keep: prune(learn.out_dir, learn.keep, always=best)
 
 def save_run(
     learn, # a Learner that has run
 )->Path: # the folder; a good one that is there already is kept
-    """Write model, optimizers, callbacks and progress to out_dir/step-NNNNNN. With several processes all call it; whole tensors are gathered one after the other in
-    the first, which writes. OSError names the file; older checkpoints are intact then."""
+    """Write model, optimizers, callbacks and progress to out_dir/step-NNNNNN. With several processes all call it;
+    whole tensors are gathered one after the other in the first, which writes. OSError names the file; older
+    checkpoints are intact then."""
     require(learn.out_dir, 'out_dir', learn.out_dir, 'a folder, given to the Learner')
     folder, cbs = learn.out_dir/f'step-{learn.step:06d}', _stateful(learn)
     tensors = {'model': whole_state(learn.model), 'optimizer': optimizer_tensors(learn.opts)}
     tensors |= {name: found for name, cb in cbs.items() if (found := getattr(cb, 'tensors', dict)())}
-    state = dict(step=learn.step, total=learn.total, tokens=learn.tokens, seconds=learn.seconds, stopped=learn.stop, best_step=learn.best_step, parts=learn._parts,
-                 scaler=learn.scaler and learn.scaler.state_dict(), callbacks={name: getattr(cb, 'state_dict', dict)() for name, cb in cbs.items()},
-                 settings=run_settings(learn, learn.total), history=learn.history)
+    state = {k: getattr(learn, k) for k in ('step', 'total', 'tokens', 'seconds', 'best_step', 'history')} | dict(
+        stopped=learn.stop, parts=learn._parts, scaler=learn.scaler and learn.scaler.state_dict(),
+        callbacks={name: getattr(cb, 'state_dict', dict)() for name, cb in cbs.items()},
+        settings=run_settings(learn, learn.total))
     problem = None
     if learn.main:
         try: _write(learn, folder, tensors, state)
@@ -75,48 +87,65 @@ def save_run(
     if failed: raise LmnotesError(f'{folder}: the first process could not write this checkpoint')
     return folder
 
-# %% ../nbs/06m_resuming.ipynb #faac8945
+# %% ../nbs/06m_resuming.ipynb #17b30275
+_state = 'step total tokens seconds best_step history stopped parts scaler callbacks settings'.split()
+
+def _differences(learn, tensors, state, allow_change):
+    "Settings and shapes of tensors that are not the checkpoint's, each with both values"
+    theirs, mine = state['settings'], json.loads(json.dumps(run_settings(learn, state['total'])))
+    unknown = sorted(set([allow_change] if isinstance(allow_change, str) else allow_change) - mine.keys())
+    require(not unknown, 'allow_change', unknown, f'names among {", ".join(mine)}')
+    differ = [k for k in mine if theirs.get(k) != mine[k] and k not in allow_change]
+    found = [f'{k} was {theirs.get(k)}, now {mine[k]}' for k in differ]
+    was, now = ({n: list(t.shape) for n, t in named.items()} for named in (tensors['model'], state_of(learn.model)))
+    wrong = [n for n in {**now, **was} if was.get(n) != now.get(n)]
+    found += [f'{n} was {was.get(n, "missing")}, now {now.get(n, "missing")}' for n in wrong[:8]]
+    return found + [f'and {len(wrong) - 8} tensors more'] * (len(wrong) > 8)
+
+# %% ../nbs/06m_resuming.ipynb #c2ed78ed
 def load_run(
     learn, # a Learner, changed in place
     folder, # a checkpoint
     allow_change=(), # settings that may differ
 ):
-    """Go back to a checkpoint's state. CheckpointError where a file is damaged or missing, LmnotesError where the run's settings or the model differ, each named with
-    both values."""
+    """Go back to a checkpoint's state. CheckpointError where a file is damaged or missing, LmnotesError where the run's
+    settings or the model differ, each named with both values."""
     tensors, state = load_checkpoint(folder)
-    missing = [n for n in ('model', 'optimizer') if n not in tensors] + [n for n in ('step', 'total', 'settings') if n not in state]
+    missing = [n for n in ('model', 'optimizer') if n not in tensors] + [n for n in _state if n not in state]
     if missing: raise CheckpointError(f'{folder}: no {missing[0]} in it; this is no checkpoint of a Learner')
-    theirs, mine = state['settings'], json.loads(json.dumps(run_settings(learn, state['total'])))
-    unknown = sorted(set([allow_change] if isinstance(allow_change, str) else allow_change) - mine.keys())
-    require(not unknown, 'allow_change', unknown, f'names among {", ".join(mine)}')
-    differ = [f'{k} was {theirs.get(k)}, now {mine[k]}' for k in mine if theirs.get(k) != mine[k] and k not in allow_change]
-    require(not differ, 'folder', str(folder), f'a checkpoint of the same run: {"; ".join(differ)}. What may change is named in allow_change')
+    differ = '; '.join(_differences(learn, tensors, state, allow_change))
+    allowed = f'a checkpoint of the same run: {differ}. Settings that may change are named in allow_change'
+    require(not differ, 'folder', str(folder), allowed)
     load_whole(learn.model, tensors['model'])
     load_optimizer(learn.opts, tensors['optimizer'])
     if learn.scaler and state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     for name, cb in _stateful(learn).items():
-        if name in state['callbacks'] and hasattr(cb, 'load_state_dict'): cb.load_state_dict(state['callbacks'][name], tensors.get(name, {}))
-    learn.step, learn.tokens, learn.seconds, learn.history = (state[k] for k in ('step', 'tokens', 'seconds', 'history'))
-    learn.stop, learn.best_step, learn._parts = state['stopped'], state['best_step'], state['parts']
+        known = name in state['callbacks'] and hasattr(cb, 'load_state_dict')
+        if known: cb.load_state_dict(state['callbacks'][name], tensors.get(name, {}))
+    for k in ('step', 'tokens', 'seconds', 'best_step', 'history'): setattr(learn, k, state[k])
+    learn.stop, learn._parts = state['stopped'], state['parts']
     if learn.total not in (None, state['total']) and learn.step < learn.total:
         warnings.warn(f'the schedule was laid out for {state["total"]} steps and goes on as one of {learn.total}')
 
-# %% ../nbs/06m_resuming.ipynb #89f2752b
+# %% ../nbs/06m_resuming.ipynb #4378e120
 def go_on(
     learn, # a Learner, its total set
     resume:bool|str|Path, # True: from the newest checkpoint in out_dir, if there is one; or the folder of one
     allow_change=(), # settings that may differ
 ):
-    "Clear away what a killed save has left, look for checkpoints and load one. LmnotesError where there are some, and resume is False."
+    """Clear away what a killed save has left, look for checkpoints and load one. LmnotesError where there are some, and
+    resume is False."""
     if learn.main and learn.out_dir: sweep(learn.out_dir)
     learn.accelerator.wait_for_everyone()
     found = checkpoints(learn.out_dir) if learn.out_dir else []
     require(learn.out_dir or not resume, 'resume', resume, 'False without an out_dir, where checkpoints would be')
-    require(resume or not found, 'out_dir', str(learn.out_dir), f'a folder without checkpoints (it holds {len(found)}), or resume=True to go on from them')
+    new = f'a folder without checkpoints (it holds {len(found)}), or resume=True to go on from them'
+    require(resume or not found, 'out_dir', str(learn.out_dir), new)
     if isinstance(resume, (str, Path)):
-        load_run(learn, resume, allow_change)
+        load_run(learn, Path(resume).expanduser(), allow_change)
         for later in found if learn.main else ():             # of the run as it went before: kept, out of the way
-            if int(later.name[5:]) > learn.step: later.rename(later.with_name(f'aside-{later.name}-{time.time_ns()}'))
+            if int(later.name[5:]) <= learn.step: continue
+            later.rename(later.with_name(f'aside-{later.name}-{time.time_ns()}'))
         learn.accelerator.wait_for_everyone()
     elif resume and found: load_run(learn, found[-1], allow_change)
-    if learn.out_dir: run_settings(learn, learn.total)
+    if learn.out_dir: run_settings(learn, learn.total)       # read the data now: trouble comes before the first step

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['token_loss', 'Scored']
 
-# %% ../nbs/06l_scoring.ipynb #13d28988
+# %% ../nbs/06l_scoring.ipynb #f5207587
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from .core import LmnotesTypeError, require
-from .lm import causal_targets, evaluating, model_kind
+from .lm import _unwrapped, _wide, causal_targets, evaluating, model_kind
 from .inputs import model_inputs
 from .loss import LMOutput
 
-# %% ../nbs/06l_scoring.ipynb #d615e76a
-_plain_head = WeakKeyDictionary()
-
+# %% ../nbs/06l_scoring.ipynb #19bd580d
 def _without_logits(model, inputs):
     "What the output matrix reads: the model runs with a head that hands its input on instead of making logits"
     head, seen = model.get_output_embeddings(), []
@@ -27,24 +28,36 @@ def _without_logits(model, inputs):
     finally: del head.forward
     return LMOutput(seen[0], head.weight, head.bias)
 
+# %% ../nbs/06l_scoring.ipynb #36ac9585
+_plain_head = WeakKeyDictionary()
+
 def _try(model, inputs):
-    "Whether the logits of one row are the head's product and nothing else, such as a bias or a bend added later"
+    "Whether the model's logits are what its head gives, large or small: no bias, factor or bend comes after it"
     row = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
+    head, given = model.get_output_embeddings(), []
+    def made_up(h):
+        numbers = torch.linspace(-100, 100, len(head.weight), device=h.device, dtype=h.dtype)
+        given.append(numbers.expand(*h.shape[:-1], -1))
+        return given[-1]
     with evaluating(model):
-        try: a, b = model(**row).logits.float(), _without_logits(model, row).logits.float()
-        except (TypeError, IndexError, RuntimeError): return False
-    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-4 * a.abs().max())
+        head.forward = made_up
+        try: logits = model(**row).logits
+        finally: del head.forward
+        if len(given) != 1 or not torch.equal(logits.double(), given[0].double()): return False
+        try: return _without_logits(model, row).hidden.shape[:-1] == logits.shape[:-1]
+        except (TypeError, IndexError, RuntimeError): return False         # it does something with all logits
 
 def _needs_no_logits(model, inputs):
     head = getattr(model, 'get_output_embeddings', lambda: None)()
-    if type(head) is not nn.Linear or model._compiled_call_impl is not None: return False
+    watched = type(head) is not nn.Linear or head._forward_hooks or 'forward' in vars(head)
+    if watched or model._compiled_call_impl is not None: return False
     if model not in _plain_head: _plain_head[model] = _try(model, inputs)
     return _plain_head[model]
 
-# %% ../nbs/06l_scoring.ipynb #0b07044a
+# %% ../nbs/06l_scoring.ipynb #357575a7
 def _own_loss(model, batch):
-    "The model's mean loss times its labels"
-    labels = batch.get('labels')
+    "The model's mean loss times its labels; a row that asks for a span has one label"
+    labels = batch.get('labels', batch.get('start_positions'))
     require(isinstance(labels, Tensor), 'labels', labels, f'a tensor, for the loss of a {type(model).__name__}')
     n = len(labels) if labels.is_floating_point() else int((labels != -100).sum())
     if n == 0: return 0., 0
@@ -56,45 +69,57 @@ def _is_language_model(model):
     other = getattr(config, 'head', 'lm') != 'lm' or name.endswith(('Classification', 'Answering', 'Choice'))
     return not other and (hasattr(config, 'kind') or hasattr(model, 'get_output_embeddings'))
 
-# %% ../nbs/06l_scoring.ipynb #51176ee3
+# %% ../nbs/06l_scoring.ipynb #5ad80ff8
 def token_loss(
     model:nn.Module, # ours or transformers', a language model or one with another head
     batch:Mapping, # input_ids (B,T), labels and what else the model takes
 )->tuple[Tensor|float, int]: # sum over the scored labels, in nats for a language model, with its graph; their number
-    """The sum in equation (6l.1) and its count. Logits are not made where the model allows it. A head that is no language model's
-    is asked for its loss, a mean, times its labels. Nothing scored gives (0, 0). LmnotesError names what the batch lacks."""
+    """The sum in equation (6l.1) and its count. Logits are not made where the model allows it. A head that is no
+    language model's is asked for its loss, a mean, times its labels. Nothing scored gives (0, 0). LmnotesError names
+    what the batch lacks."""
     require(isinstance(batch, Mapping), 'batch', type(batch).__name__, 'a dictionary of tensors', LmnotesTypeError)
-    if not _is_language_model(model): return _own_loss(model, batch)
-    kind, labels, theirs = model_kind(model), batch.get('labels'), hasattr(getattr(model, 'config', None), 'model_type')
-    require(kind == 'causal' or labels is not None, 'labels', None, f'ids: a {kind} model does not predict its input_ids')
-    inputs = dict(batch) if batch.keys() <= {'input_ids', 'labels'} else model_inputs(model, batch)
+    inner = _unwrapped(model)
+    if not _is_language_model(inner): return _own_loss(model, batch)
+    kind, labels, theirs = model_kind(inner), batch.get('labels'), hasattr(inner.config, 'model_type')
+    allowed = f'ids: a {kind} model does not predict its input_ids'
+    require(kind == 'causal' or labels is not None, 'labels', None, allowed)
+    if batch.keys() <= {'input_ids', 'labels'}: inputs = dict(batch)
+    else: inputs = model_inputs(inner, {'labels': batch.get('input_ids')} | dict(batch) if labels is None else batch)
     targets = causal_targets(inputs) if kind == 'causal' else labels
     inputs.pop('labels', None)
     if (n := int((targets != -100).sum())) == 0: return 0., 0
     if theirs: inputs['use_cache'] = False
     if kind == 'seq2seq' and 'decoder_input_ids' not in inputs:
-        inputs['decoder_input_ids'] = model.prepare_decoder_input_ids_from_labels(labels)
+        inputs['decoder_input_ids'] = inner.prepare_decoder_input_ids_from_labels(labels)
     out = _without_logits(model, inputs) if theirs and _needs_no_logits(model, inputs) else model(**inputs)
     if hasattr(out, 'nll'): return out.nll(targets), n
-    logits, targets = out.logits.flatten(0, -2).float(), targets.flatten().to(out.logits.device)
+    logits, targets = _wide(out.logits).flatten(0, -2), targets.flatten().to(out.logits.device)
     return F.cross_entropy(logits, targets, reduction='sum'), n
 
-# %% ../nbs/06l_scoring.ipynb #1ea0525e
+# %% ../nbs/06l_scoring.ipynb #535f2da0
 class Scored(nn.Module):
-    "A model and its loss as one module, so that whatever wraps it (several processes, shards) sees the whole computation."
+    "A model and its loss as one module, so that what wraps it (several processes, shards) sees all of it."
     def __init__(self,
         model:nn.Module, # what is trained
         loss, # (model, batch) -> (sum, count), as token_loss
     ):
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.last = model, loss, None
 
     def forward(self,
         batch:Mapping|None, # None: nothing to score, yet a gradient of zeros
     )->tuple[Tensor, float]: # sum over the scored tokens, with its graph; their number
-        "The sum always has a graph that reaches every parameter that is trained, as other processes may wait for it."
+        "The sum has a graph to every parameter that is trained, also where it is 0: other processes may wait for it."
         found = (0., 0) if batch is None else self.loss(self.model, batch)
         ok = isinstance(found, tuple) and len(found) == 2
         require(ok, 'loss', type(found).__name__, 'a function that returns (sum, count)', LmnotesTypeError)
-        if found[1]: return found
-        return sum((p * 0).sum().float() for p in self.model.parameters() if p.requires_grad), 0
+        if not found[1]: return self._nothing(), 0
+        self.last = batch
+        return found
+
+    def _nothing(self):
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not any(hasattr(p, 'full_tensor') for p in trained): return sum((p * 0).sum().float() for p in trained)
+        # parameters cut among processes come together layer by layer, in all at once: run too, and count nothing
+        ids = torch.zeros(1, 2, dtype=torch.long, device=trained[0].device)
+        return self.loss(self.model, self.last or dict(input_ids=ids, labels=ids))[0] * 0
