@@ -20,7 +20,7 @@ from .loaders import Rows, kept_randomness
 from .models import TransformerConfig
 from .precision import PRECISIONS, free_memory
 
-# %% ../nbs/06h_report.ipynb #b6a4d9f1
+# %% ../nbs/06h_report.ipynb #bf4e7029
 def _row_lengths(learn, sample=8):
     "Tokens of each row, without padding, in some micro-batches of an epoch; empty where the data is a stream"
     source, lengths = learn.source, []
@@ -32,7 +32,7 @@ def _row_lengths(learn, sample=8):
         if ids is None: return []
         plain = mask is not None and mask.ndim == 2
         lengths += (mask.sum(1) if plain else torch.full((len(ids),), ids.shape[1])).tolist()
-        if _two_sided(learn.model) and labels is not None: lengths += (labels != -100).sum(1).tolist()   # their mean
+        if _two_sided(learn.model) and labels is not None: lengths += (labels != -100).sum(1).tolist()
     return lengths
 
 def _two_sided(model):
@@ -44,33 +44,31 @@ def _in_products(model):
     "Parameters that are read by products: all but tables that are only looked up"
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = getattr(model, 'get_output_embeddings', lambda: None)()
-    if head is not None: tables.discard(id(head.weight))                                # tied: looked up, and a product
+    if head is not None: tables.discard(id(head.weight))               # tied: looked up, and a product
     return sum(p.numel() for p in model.parameters() if id(p) not in tables)
 
-# %% ../nbs/06h_report.ipynb #085fd5fa
+# %% ../nbs/06h_report.ipynb #8e6536a0
 def train_flops(learn # a Learner that has run
                 )->tuple[float, str]: # operations of all steps, and by which rule
-    """Operations of a run: by the formulas of chapter 4c for our decoders and encoders, else by equation (6h.1). Padding
-    is no work, nor is what recomputation repeats. Frozen parameters need no gradient: equation (6h.2)."""
-    params, lengths, config = list(learn.model.parameters()), _row_lengths(learn), getattr(learn.model, 'config', None)
+    "Operations of a run, padding left out: by chapter 4c for our decoders and encoders, else by (6h.1) and (6h.2)."
+    params, lengths = list(learn.model.parameters()), _row_lengths(learn)
     share = sum(p.numel() for p in params if p.requires_grad) / sum(p.numel() for p in params)
     T = sum(lengths) / len(lengths) if lengths else 0
     if not T: flops, rule = 6 * _in_products(learn.model) * learn.tokens, '6 x parameters x scored tokens'
     else:
-        rows, ours = learn.step * len(learn.source.rows) / learn.source.steps_per_epoch, isinstance(config, TransformerConfig)
-        if ours and not _two_sided(learn.model):
+        rows, config = learn.step * len(learn.source.rows) / learn.source.steps_per_epoch, getattr(learn.model, 'config', None)
+        if isinstance(config, TransformerConfig) and not _two_sided(learn.model):
             each = model_card(config, 1, max(1, round(T))).flops['training step']
             flops, rule = rows * each, f'formulas of chapter 4c at {T:.0f} tokens a row'
         else: flops, rule = 6 * _in_products(learn.model) * rows * T, '6 x parameters x tokens'
     return flops * (4 + 2 * share) / 6, rule
 
-# %% ../nbs/06h_report.ipynb #2b05e8b0
+# %% ../nbs/06h_report.ipynb #6fab4509
 # TFLOPS by the makers' data sheets: dense products in bf16 (fp16 before Ampere) with float32 sums; float32 without TF32
 _gpus = {'B200': (2250, 75), 'H200': (989, 67), 'GH200': (989, 67), 'H100 NVL': (835, 60), 'H100 PCIe': (756, 51),
-         'H100': (989, 67), 'A100': (312, 19.5), 'A40': (150, 37.4), 'A30': (165, 10.3), 'A10G': (70, 31.5),
-         'A10': (125, 31.2), 'L40S': (362, 91.6), 'L40': (181, 90.5), 'L4': (121, 30.3), 'RTX 6000 Ada': (364, 91.1),
-         'RTX A6000': (155, 38.7), 'RTX 4090': (165, 82.6), 'RTX 3090': (71, 35.6), 'T4': (65, 8.1), 'V100': (125, 15.7),
-         'P100': (18.7, 9.3), 'MI300X': (1307, 163)}
+         'H100': (989, 67), 'A100': (312, 19.5), 'A40': (150, 37.4), 'A10G': (70, 31.5), 'A10': (125, 31.2),
+         'L40S': (362, 91.6), 'L40': (181, 90.5), 'L4': (121, 30.3), 'RTX 6000 Ada': (364, 91.1), 'RTX 4090': (165, 82.6),
+         'RTX A6000': (155, 38.7), 'RTX 3090': (71, 35.6), 'T4': (65, 8.1), 'V100': (125, 15.7), 'MI300X': (1307, 163)}
 
 _best = {}                                                             # the best that was ever measured here
 
@@ -99,16 +97,16 @@ def peak_flops(device, # a torch.device or its name
     if key is None or not half and dtype != torch.float32:
         return _measured_flops(device, dtype), f'a product in {str(dtype)[6:]}, measured'
     tf32 = torch.get_float32_matmul_precision() != 'highest' and torch.cuda.get_device_capability(device)[0] >= 8
-    if half or tf32: return 1e12 * _gpus[key][0] / (1 if half else 2), f'data sheet of {key}' + ', TF32' * (not half)
+    if half or tf32: return 1e12 * _gpus[key][0] / (1 if half else 2), f'data sheet of {key}{"" if half else ", TF32"}'
     return 1e12 * _gpus[key][1], f'data sheet of {key}'
 
-# %% ../nbs/06h_report.ipynb #14a7646e
+# %% ../nbs/06h_report.ipynb #268cd6a0
 def _memory(device):
     "Bytes held now and at the peak: by tensors on a GPU, else by the process; None where nothing tells"
     if device.type == 'cuda': return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    try: kb = {k: int(n) for k, n in re.findall(r'(VmRSS|VmHWM|RssFile):\s*(\d+)', Path('/proc/self/status').read_text())}
+    try: kb = dict(re.findall(r'(VmRSS|VmHWM|RssFile):\s*(\d+)', Path('/proc/self/status').read_text()))
     except OSError: kb = {}
-    if len(kb) == 3: return tuple(1024 * (kb[k] - kb['RssFile']) for k in ('VmRSS', 'VmHWM'))     # code is not the run's
+    if len(kb) == 3: return tuple(1024 * (int(kb[k]) - int(kb['RssFile'])) for k in ('VmRSS', 'VmHWM'))   # no code
     try: import resource
     except ImportError: return None, None                               # Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
@@ -148,10 +146,9 @@ def _gpu_energy(device):
         return {torch.cuda.get_device_name(device): (pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3, float('inf'))}
     except (pynvml.NVMLError, AttributeError): return {}               # no driver's library, a GPU without a counter
 
-# %% ../nbs/06h_report.ipynb #fb9b7050
+# %% ../nbs/06h_report.ipynb #810d3c0d
 class Meter:
-    """A callback that measures a run for `run_report`: `peak`, bytes, and `joules` by counter. It travels in checkpoints, so
-    that both cover the whole run."""
+    "A callback that measures `peak` bytes and `joules` by counter, for `run_report`. It travels in checkpoints."
     def __init__(self): self.peak, self.joules, self.device = None, {}, None
 
     def before_fit(self, learn):
@@ -166,11 +163,12 @@ class Meter:
         if time.monotonic() > self.read_at + 60: self.read()            # counters start anew after some time
 
     def after_fit(self, learn):
-        if self.device is not None: self.read()
+        self.read()
         self.device = None
 
     def read(self):
-        "Add what came since the last reading: equation (6h.4)."
+        "Add what came since the last reading, equation (6h.4); nothing outside of a run."
+        if self.device is None: return
         now, (_, peak) = energy(self.device), _memory(self.device)
         for k in now.keys() & self.last.keys():
             self.joules[k] = self.joules.get(k, 0.) + (now[k][0] - self.last[k][0]) % now[k][1]
@@ -178,7 +176,7 @@ class Meter:
         if peak is not None: self.peak = max(self.peak or 0, peak - self.others)
 
     def state_dict(self):
-        if self.device is not None: self.read()
+        self.read()
         return dict(peak=self.peak, joules=self.joules)
 
     def load_state_dict(self, state, tensors=None): self.peak, self.joules = state['peak'], dict(state['joules'])
@@ -280,7 +278,7 @@ def __repr__(self:RunReport):
 @patch
 def _repr_html_(self:RunReport): return el('div', _table(self.rows()), _table(self.memory_rows()))
 
-# %% ../nbs/06h_report.ipynb #2abf32b3
+# %% ../nbs/06h_report.ipynb #8b8cea0b
 def _device_name(device):
     "The maker's name, and the threads of a processor"
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
@@ -293,7 +291,7 @@ def run_report(learn # a Learner that has run; with a Meter among its callbacks 
     "What a run cost and what it ran on. LmnotesError before the first step."
     require(learn.step > 0, 'learn.step', learn.step, '1 or more: fit first')
     meter = next((cb for cb in learn.cbs if isinstance(cb, Meter)), Meter())
-    if meter.device is not None: meter.read()                           # in the middle of a run
+    meter.read()                                                        # in the middle of a run
     params, (flops, rule) = list(learn.model.parameters()), train_flops(learn)
     dtype = params[0].dtype if learn.precision == 'fp32' else PRECISIONS[learn.precision]
     peak, known = peak_flops(learn.device, dtype)
