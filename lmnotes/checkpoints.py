@@ -96,7 +96,7 @@ def _seal(manifest):
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps(manifest | {'sha256': digest}, indent=1).encode() + b'\n'
 
-# %% ../nbs/06b_checkpoints.ipynb #7942bfcd
+# %% ../nbs/06b_checkpoints.ipynb #86e05bdd
 def _misfit(value):
     "(place, what is there) of the first thing that JSON would not give back, or None"
     if value is None or isinstance(value, (str, int)) or isinstance(value, float) and math.isfinite(value): return None
@@ -115,12 +115,13 @@ def _check(tensors, state):
             require(isinstance(n, str) and n != '__metadata__', f'a name in tensors[{file!r}]', n, 'another string')
             ok = isinstance(t, Tensor) and t.layout == torch.strided and t.dtype in _codes and not t.is_meta
             require(ok, f'tensors[{file!r}][{n!r}]', t, 'a dense tensor of a plain type', LmnotesTypeError)
-    require(len({f.lower() for f in tensors}) == len(tensors), 'tensors', list(tensors), 'files that differ by more than case')
+    alike = len(tensors) - len({file.lower() for file in tensors})
+    require(not alike, 'tensors', list(tensors), 'files that differ in more than case')
     require(isinstance(state, dict), 'state', state, 'a dict', LmnotesTypeError)
     where, value = _misfit(state) or (None, None)
     require(where is None, f'state{where}', value, 'None, str, int, finite float, or lists and dicts (by str) of these')
     raw = json.dumps(state).encode()
-    require(len(raw) <= _max_json, 'state', f'{len(raw):,} bytes', f'at most {_max_json:,}: put numbers in bulk into tensors')
+    require(len(raw) <= _max_json, 'state', f'{len(raw):,} bytes', f'at most {_max_json:,}; tensors hold more')
     return raw
 
 # %% ../nbs/06b_checkpoints.ipynb #6db268c1
@@ -209,7 +210,7 @@ def verify_checkpoint(
                 raise CheckpointError(f'{path} is not what was written: its size or SHA-256 is not that of the manifest')
     return manifest
 
-# %% ../nbs/06b_checkpoints.ipynb #a831cde7
+# %% ../nbs/06b_checkpoints.ipynb #fd0e75ab
 def load_checkpoint(
     folder:Path|str, # a checkpoint
 )->tuple[dict[str, dict[str, Tensor]], dict]: # tensors by file and name, on the CPU, and the state
@@ -223,8 +224,8 @@ def load_checkpoint(
             return tensors, _json(path.read_bytes())
     except CheckpointError as e:
         good = newest_good(folder.parent, before=folder)
-        offer = f'{good} is whole: go on from there, or move {folder.name} away' if good else 'No checkpoint before it is whole'
-        raise CheckpointError(f'{e}. {offer}') from e
+        offer = f'{good} is whole: go on from there, or move {folder.name} away'
+        raise CheckpointError(f'{e}. {offer if good else "No checkpoint before it is whole"}') from e
 
 # %% ../nbs/06b_checkpoints.ipynb #e26302e1
 def _number(folder): return int(m[1]) if (m := re.fullmatch('step-([0-9]+)', Path(folder).name)) else math.inf
@@ -251,7 +252,7 @@ def newest_good(
         if _number(p) >= _number(before): continue
         with suppress(CheckpointError): return verify_checkpoint(p) and p
 
-# %% ../nbs/06b_checkpoints.ipynb #5cb0292a
+# %% ../nbs/06b_checkpoints.ipynb #17982956
 def sweep(
     out_dir:Path|str, # folder of a run; hold its lock
 )->list[Path]: # what was removed
@@ -261,7 +262,8 @@ def sweep(
     left = [p for p in Path(out_dir).iterdir() if temporary(p)] if Path(out_dir).is_dir() else []
     left += [p for p in _steps(out_dir) if not _complete(p) and all(map(ours, p.iterdir()))]
     for p in left: _remove(p)
-    if left: warnings.warn(f'{out_dir}: removed what an interrupted save left: {", ".join(p.name for p in left)}', stacklevel=2)
+    names = ', '.join(p.name for p in left)
+    if left: warnings.warn(f'{out_dir}: removed what an interrupted save left: {names}', stacklevel=2)
     return left
 
 # %% ../nbs/06b_checkpoints.ipynb #4cc5f354
@@ -303,13 +305,13 @@ def _holder(fd):
     os.lseek(fd, 0, os.SEEK_SET)
     with suppress(OSError): os.write(fd, f'process {os.getpid()} on {platform.node()}, {time.ctime()}'.ljust(200).encode())
 
-# %% ../nbs/06b_checkpoints.ipynb #cf33d2ef
+# %% ../nbs/06b_checkpoints.ipynb #5660dc5d
 @contextmanager
 def lock(
     out_dir:Path|str, # folder of a run; made if missing
 ):
-    "Let one run at a time write into a folder. LmnotesError says who does so now. A warning where the file system has no locks."
-    path = Path(out_dir)/'.lock'                     # nobody in this process may open and close it: that would end the lock
+    "Let one run at a time write into a folder. LmnotesError says who does now; a warning where there are no locks."
+    path = Path(out_dir)/'.lock'                     # opened and closed once more by this process, it would be free
     path.parent.mkdir(parents=True, exist_ok=True)
     key, allowed = str(path.resolve()), 'a folder that no run writes to'
     require(key not in _held, 'out_dir', str(out_dir), f'{allowed}; one in this process does')

@@ -120,7 +120,7 @@ def cost(tmp_path, monkeypatch):
     assert {'write', 'fsync', 'open', 'os.mkdir', 'os.rename'} <= set(f.seen) and f.seen.count('write') >= 6 and f.seen.count('os.rename') == 2
     return len(f.seen)
 
-@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY])
 def test_every_call_fails(run, cost, monkeypatch, number):
     for k in range(1, cost + 1):
         with Faults(run, lambda n, e: n == k, fail(number)).on(monkeypatch), pytest.raises(OSError) as e: save(run, 2)
