@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .core import known_name, require
 from .distributed import full
 
-# %% ../nbs/06j_diagnosis.ipynb #a34e31ce
+# %% ../nbs/06j_diagnosis.ipynb #e47de644
 class Series:
     "Numbers by kind and name, one for each measured step. They travel in checkpoints; `figure` draws a kind."
     logs = ()                                                           # kinds that are drawn as powers of ten
@@ -49,7 +49,7 @@ class Series:
         z = [[None if (y := cell(x)) is None else round(y, 3) for x in row] for row in rows.values()]
         name = f'log10 of {kind}' if kind in self.logs else kind
         fig = go.Figure(go.Heatmap(x=self.steps, y=list(rows), z=z, colorscale='Viridis', colorbar_title=name))
-        return fig.update_layout(height=min(420, 130 + 16 * len(rows)), xaxis_title='step', yaxis_autorange='reversed')
+        return fig.update_layout(height=min(420, 220 + 14 * len(rows)), xaxis_title='step', yaxis=dict(type='category', autorange='reversed'))
 
 # %% ../nbs/06j_diagnosis.ipynb #321de23f
 class GradientStats(Series):
