@@ -337,7 +337,7 @@ def _score(self:Learner, batch):
         except Exception as e: problem = self._give_way(e)
         self._halve([([], batch)], problem)
 
-# %% ../nbs/06_training.ipynb #5d12e3b8
+# %% ../nbs/06_training.ipynb #8f23a695
 @patch
 def _minutes_over(self:Learner):
     return bool(self.main and self.save_minutes and time.monotonic() - self._saved_at > 60 * self.save_minutes)
@@ -345,7 +345,7 @@ def _minutes_over(self:Learner):
 @patch
 def _due(self:Learner):
     "Whether to write a checkpoint now; the same answer in all processes"
-    at = self.save_every and self.step % self.save_every == 0
+    at = self.save_every and self.step % self.save_every == 0 or self.step == self.best_step
     return self.out_dir and (self.step == self.total or self.stop or self._asked or self._late or at)
 
 @patch
@@ -364,7 +364,7 @@ def load(self:Learner,
     load_run(self, folder, allow_change)
     return self
 
-# %% ../nbs/06_training.ipynb #5cb71c29
+# %% ../nbs/06_training.ipynb #c78788ef
 @patch
 def save(self:Learner, folder # must not exist yet, or be empty
     ):
@@ -374,6 +374,7 @@ def save(self:Learner, folder # must not exist yet, or be empty
     folder = Path(folder).expanduser()
     empty = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
     require(empty, 'folder', str(folder), 'a folder that does not exist yet, or is empty')
+    self.accelerator.wait_for_everyone()                     # all have looked, now the first may write
     with_whole(self.model, lambda m: m.save_pretrained(folder))
     self.accelerator.wait_for_everyone()
 
