@@ -121,7 +121,7 @@ def cut(
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
-# %% ../nbs/06g_distributed.ipynb #ca25102f
+# %% ../nbs/06g_distributed.ipynb #e5785007
 def state_of(
     model:nn.Module, # sharded or not
 )->dict[str, Tensor]: # the live tensors by name
@@ -143,7 +143,7 @@ def load_whole(
     mine = state_of(model)
     here, there = ({(n, t.shape) for n, t in named.items()} for named in (mine, tensors))
     wrong = sorted({n for n, _ in here ^ there})
-    require(not wrong, 'tensors', wrong[:4], 'those of this model, with its names and shapes')
+    require(not wrong, 'tensors', wrong[:2], 'those of this model, with its names and shapes')
     with torch.no_grad():
         for name, t in mine.items(): t.copy_(cut(tensors[name], t))
 
