@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['run_settings', 'alone', 'save_run', 'load_run', 'go_on']
 
-# %% ../nbs/06m_resuming.ipynb #3441f9ef
-import hashlib, json, time, warnings
+# %% ../nbs/06m_resuming.ipynb #a29ce833
+import hashlib, json, time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def _differences(learn, tensors, state, allow_change):
     found += [f'{n} was {was.get(n, "missing")}, now {now.get(n, "missing")}' for n in wrong[:8]]
     return found + [f'and {len(wrong) - 8} tensors more'] * (len(wrong) > 8)
 
-# %% ../nbs/06m_resuming.ipynb #c2ed78ed
+# %% ../nbs/06m_resuming.ipynb #76c6fe3e
 def load_run(
     learn, # a Learner, changed in place
     folder, # a checkpoint
@@ -124,8 +124,8 @@ def load_run(
         if known: cb.load_state_dict(state['callbacks'][name], tensors.get(name, {}))
     for k in ('step', 'tokens', 'seconds', 'best_step', 'history'): setattr(learn, k, state[k])
     learn.stop, learn._parts = state['stopped'], state['parts']
-    if learn.total not in (None, state['total']) and learn.step < learn.total:
-        warnings.warn(f'the schedule was laid out for {state["total"]} steps and goes on as one of {learn.total}')
+    if learn.total not in (None, state['total']) and learn.step < learn.total and learn.main:
+        print(f'the schedule was laid out for {state["total"]} steps and goes on as one of {learn.total}')
 
 # %% ../nbs/06m_resuming.ipynb #4378e120
 def go_on(

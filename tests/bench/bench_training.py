@@ -5,7 +5,7 @@ Trainer, which is what it reports itself. `from nothing` is a new Python up to t
 model and the rows there before. The losses of both are compared first: with the same order of rows they agree, but for a factor of T/(T-1): the Trainer divides a causal model's
 loss by all labels of a batch, of which the first of each row is not scored.
 """
-import json, subprocess, sys, tempfile
+import subprocess, sys
 from harness import Row, Seconds, peak_memory
 
 BIG = dict(vocab_size=50257, n_embd=256, n_layer=4, n_head=4, batch=16, length=128, steps=4)
