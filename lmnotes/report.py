@@ -18,7 +18,7 @@ from .core import cpus, el, require, versions
 from .costs import model_card
 from .loaders import Rows, kept_randomness
 from .models import TransformerConfig
-from .precision import PRECISIONS, free_memory
+from .precision import PRECISIONS
 
 # %% ../nbs/06h_report.ipynb #bf4e7029
 def _row_lengths(learn, sample=8):
@@ -153,7 +153,6 @@ class Meter:
 
     def before_fit(self, learn):
         self.device, held = learn.device, _held(learn)
-        free_memory()
         _forget_peak(self.device)
         now, _ = _memory(self.device)
         self.others = 0 if now is None or self.device.type == 'cuda' else now - held['weights'] - held['optimizer']
