@@ -51,15 +51,14 @@ def write_folder(folder):
 
 @pytest.mark.parametrize('write', [write_txt, write_jsonl, write_parquet, write_csv, write_folder])
 def test_texts_of_every_kind_are_split_once(tmp_path, write):
-    seen, unseen = load_texts(write(tmp_path), held_out=.2)
-    seen, unseen = list(seen), list(unseen)
-    assert unseen and set(seen).isdisjoint(unseen) and set(seen) | set(unseen) <= set(TEXTS) and len(seen) > 2 * len(unseen)
+    seen, unseen, test = map(list, load_texts(write(tmp_path), held_out=.2))
+    assert unseen and test and len(seen) > len(unseen) + len(test) and sorted([*seen, *unseen, *test]) == sorted(TEXTS)      # no text twice
     assert (list(load_texts(tmp_path if write is write_folder else next(tmp_path.iterdir()), held_out=.2)[0])) == seen, 'the same split each time'
 
 
 def test_no_text_is_held_out_unless_wanted(book):
-    seen, unseen = load_texts(book, held_out=0)
-    assert sorted(seen) == sorted(TEXTS) and len(unseen) == 0
+    seen, unseen, test = load_texts(book, held_out=0)
+    assert sorted(seen) == sorted(TEXTS) and len(unseen) == len(test) == 0
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------------------
