@@ -10,7 +10,7 @@ FLOORS = [                                    # imports run down, and to the lef
     'safe core cli ngram',
     'batches data lm masks cache capture blocks attention positions checkpoints',
     'inputs loss costs recurrent models families objectives',
-    'optimizers loaders precision distributed diagnosis loggers report scoring callbacks resuming training tuning decoding metrics',
+    'optimizers loaders precision distributed diagnosis report scoring callbacks loggers resuming training tuning decoding metrics',
     'hub shell adapters search regularizers',
     'finetuning prompting',
     'widgets',
