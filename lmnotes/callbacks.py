@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Progress', 'put', 'copies', 'ended', 'EMA', 'Validate', 'best_weights', 'validation_losses', 'sparkline', 'smoothed',
-           'LiveCurve', 'in_notebook', 'ActivationStats', 'GradientStats', 'first_bad_module']
+           'in_notebook', 'LiveCurve', 'ActivationStats', 'GradientStats', 'first_bad_module']
 
 # %% ../nbs/06d_callbacks.ipynb #1cee01b5
 import math, sys, time
@@ -40,7 +40,7 @@ class Progress:
         if self.bar is not None: self.bar.close()
         self.bar = None
 
-# %% ../nbs/06d_callbacks.ipynb #abc5b8df
+# %% ../nbs/06d_callbacks.ipynb #b4e83f8c
 def put(into:dict, # name -> parameter, buffer or tensor; changed
         tensors:dict, # name -> tensor of the same shape, whole or sharded in the same way; at least these names
 ):
@@ -49,11 +49,13 @@ def put(into:dict, # name -> parameter, buffer or tensor; changed
     with torch.no_grad():
         for n, t in into.items(): t.copy_(fit(tensors[n], t))
 
+# %% ../nbs/06d_callbacks.ipynb #f997385d
 def copies(named:dict, # name -> tensor
 )->dict: # name -> a tensor of its own, without gradient
     "Copies of tensors, where those are."
     return {n: t.detach().clone() for n, t in named.items()}
 
+# %% ../nbs/06d_callbacks.ipynb #d5afa574
 def ended(learn)->bool:
     "Whether a run is over, by its steps or because a callback stopped it; an interrupt or an error is not the end."
     return learn.stop or learn.step >= learn.total
@@ -143,7 +145,7 @@ class Validate:
     def state_dict(self)->dict: return {k: getattr(self, k) for k in ('losses', 'best', 'best_step', 'bad')}
     def load_state_dict(self, state, tensors=None): vars(self).update(state)
 
-# %% ../nbs/06d_callbacks.ipynb #cceb7b0a
+# %% ../nbs/06d_callbacks.ipynb #26827e43
 def best_weights(learn, # a learner
                  validate:Validate, # its callback
                  )->dict: # name -> tensor
@@ -153,6 +155,7 @@ def best_weights(learn, # a learner
     averages = [cb for cb in learn.cbs if type(cb) is type(validate.ema)]
     return tensors['model'] | (tensors[f'{type(validate.ema).__name__}-{averages.index(validate.ema)}'] if averages else {})
 
+# %% ../nbs/06d_callbacks.ipynb #8ad826b9
 def validation_losses(learn)->list: # of dict(step, loss, tokens)
     "What a Validate among the callbacks has found so far."
     return [row for cb in learn.cbs if isinstance(cb, Validate) for row in cb.losses]
@@ -176,7 +179,13 @@ def smoothed(values, # numbers
     sums = list(accumulate(values, initial=0.))
     return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(sums))]
 
-# %% ../nbs/06d_callbacks.ipynb #4b486297
+# %% ../nbs/06d_callbacks.ipynb #50407be5
+def in_notebook()->bool:
+    "Whether a kernel runs this, that can show figures."
+    ipython = sys.modules.get('IPython')
+    return ipython is not None and getattr(ipython.get_ipython(), 'kernel', None) is not None
+
+# %% ../nbs/06d_callbacks.ipynb #9cf1d7fa
 class LiveCurve:
     """A callback: training and validation losses, redrawn in place in a notebook, a line of text elsewhere. Drawing takes at
     most a twentieth of the time."""
@@ -223,8 +232,3 @@ class LiveCurve:
             code = getattr(sys.stdout, 'encoding', None) or 'utf-8'
             tqdm.write(self.text(learn).encode(code, 'replace').decode(code))   # above a bar, if there is one
         return bool(bundle)
-
-def in_notebook()->bool:
-    "Whether a kernel runs this, that can show figures."
-    ipython = sys.modules.get('IPython')
-    return ipython is not None and getattr(ipython.get_ipython(), 'kernel', None) is not None
