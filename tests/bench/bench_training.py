@@ -6,9 +6,10 @@ model and the rows there before. The losses of both are compared first: with the
 loss by all labels of a batch, of which the first of each row is not scored.
 """
 import subprocess, sys
-from harness import Row, Seconds, peak_memory
+from harness import Row, Seconds, Skip, peak_memory
 
 BIG = dict(vocab_size=50257, n_embd=256, n_layer=4, n_head=4, batch=16, length=128, steps=4)
+GPT2 = dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, batch=16, length=1024, steps=20)                                  # 124M, on a GPU
 TINY = dict(vocab_size=64, n_embd=16, n_layer=1, n_head=1, batch=2, length=8, steps=200)
 
 SETUP = '''
@@ -16,7 +17,7 @@ import math, tempfile, time, torch, transformers
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
 def model_and_rows(vocab_size, n_embd, n_layer, n_head, batch, length, steps):
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=vocab_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head, n_positions=512, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
+    config = transformers.GPT2Config(vocab_size=vocab_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head, n_positions=max(512, length), resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
                                      bos_token_id=None, eos_token_id=None)
     ids = torch.randint(0, vocab_size, (batch * steps, length))
     return transformers.GPT2LMHeadModel(config), [dict(input_ids=x, labels=x) for x in ids]
@@ -35,7 +36,7 @@ OURS = '''
 def ours(model, rows, shape):
     from lmnotes.training import Learner, in_order
     def adamw(model, lr): return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0., fused=True)]
-    learn = Learner(model, rows, collate_fn=together, batch_size=shape['batch'], opt=adamw, lr=1e-3, schedule=lambda step, total: 1., precision='fp32', order=in_order)
+    learn = Learner(model, rows, collate_fn=together, batch_size=shape['batch'], opt=adamw, lr=1e-3, schedule=lambda step, total: 1., precision='bf16' if torch.cuda.is_available() else 'fp32', order=in_order)
     learn.fit(steps=shape['steps'])
     return learn.seconds, [h['loss'] for h in learn.history]
 '''
@@ -45,14 +46,28 @@ def theirs(model, rows, shape, log=False):
         def _get_train_sampler(self, *_): return torch.utils.data.SequentialSampler(self.train_dataset)
     with tempfile.TemporaryDirectory() as folder:
         args = transformers.TrainingArguments(folder, per_device_train_batch_size=shape['batch'], max_steps=shape['steps'], learning_rate=1e-3, lr_scheduler_type='constant', optim='adamw_torch_fused',
-            max_grad_norm=1., use_cpu=True, report_to=[], save_strategy='no', logging_strategy='steps' if log else 'no', logging_steps=1, disable_tqdm=True,
+            max_grad_norm=1., use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), report_to=[], save_strategy='no', logging_strategy='steps' if log else 'no', logging_steps=1, disable_tqdm=True,
             dataloader_pin_memory=False)
         trainer = InOrder(model=model, args=args, train_dataset=rows)
         trainer.remove_callback(transformers.PrinterCallback)
         out = trainer.train()
     return out.metrics['train_runtime'], [h['loss'] for h in trainer.state.log_history if 'loss' in h]
 '''
-exec(SETUP + OURS + THEIRS)
+BARE = '''
+def bare(model, rows, shape):
+    model, steps = model.cuda().train(), shape['steps']
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0., fused=True)
+    torch.cuda.synchronize(); start = time.perf_counter()
+    for i in range(steps):
+        batch = {k: v.cuda() for k, v in together(rows[i * shape['batch']:(i + 1) * shape['batch']]).items()}
+        with torch.autocast('cuda', torch.bfloat16): loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step(); optimizer.zero_grad()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, []
+'''
+exec(SETUP + OURS + THEIRS + BARE)
 
 
 def pair(name, shape, target, make, scale=1., **more):
@@ -75,9 +90,21 @@ def first_step(code, call):
     return Seconds(done.stdout.split()[-1])
 
 
+def on_gpu():
+    "Where there is one: GPT-2 124M in bf16, rows of 1,024 tokens; tokens a second and utilization go to the note."
+    row = pair('GPT-2 124M, bf16, 16 x 1,024, Trainer', GPT2, target=1.1, make=model_and_rows, scale=1024 / 1023)     # noqa: F821
+    seconds = ours(*model_and_rows(**GPT2), GPT2)[0]                                                                             # noqa: F821
+    tokens = GPT2['batch'] * 1023 * GPT2['steps'] / seconds
+    row.note = f'{torch.cuda.get_device_name()}: {tokens:,.0f} tokens/s, {6 * 124e6 * tokens / 1e12:.0f} TFLOP/s by the 6N rule'  # noqa: F821
+    yield row
+    yield Row('  a bare loop', row.ours, lambda: Seconds(bare(*model_and_rows(**GPT2), GPT2)[0]), target=1., note='autocast, fused AdamW, clipping')  # noqa: F821
+
+
 def rows():
+    if torch.cuda.is_available(): yield from on_gpu()                                                                            # noqa: F821
+    if torch.cuda.is_available(): raise Skip('the other rows are for a CPU; hide the GPU with CUDA_VISIBLE_DEVICES=')            # noqa: F821
     yield pair('steps, an embedding and a matrix, 2 x 8', TINY, target=2, make=small_and_rows, note='transformers.Trainer; the same module in both')          # noqa: F821
-    yield pair('steps, GPT-2 1 x 16, 2 x 8', TINY, target=2, make=model_and_rows, scale=8 / 7, note='transformers.Trainer; the same GPT2LMHeadModel in both')             # noqa: F821
+    yield pair('steps, GPT-2 1 x 16, 2 x 8', TINY, target=1.25, make=model_and_rows, scale=8 / 7, note='transformers.Trainer; the same GPT2LMHeadModel in both')             # noqa: F821
     yield pair('tokens, GPT-2 4 x 256, 16 x 128', BIG, target=1.25, make=model_and_rows, scale=128 / 127, note='transformers.Trainer; vocabulary 50,257')                     # noqa: F821
     start, call = SETUP + OURS + THEIRS + f'\nshape = {BIG!r}\nmodel, rows = model_and_rows(**shape)\nfor f in (ours, theirs): f(*model_and_rows(**{dict(TINY, steps=1)!r}), {dict(TINY, steps=1)!r})', '{}(model, rows, shape)'
     yield Row('  its memory', lambda: peak_memory(start, call.format('ours')), lambda: peak_memory(start, call.format('theirs')), target=1 / .7, unit='B', note='added at the peak, optimizer included')
