@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train_flops', 'peak_flops', 'energy', 'Meter', 'memory_table', 'RunReport', 'run_report']
 
-# %% ../nbs/06h_report.ipynb #9acb09df
+# %% ../nbs/06h_report.ipynb #4b6edea2
 import platform, re, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from .core import cpus, el, require, versions
 from .costs import model_card
 from .loaders import Rows, kept_randomness
 from .models import TransformerConfig
-from .precision import PRECISIONS
+from .precision import PRECISIONS, trim_heap
 
 # %% ../nbs/06h_report.ipynb #bf4e7029
 def _row_lengths(learn, sample=8):
@@ -63,7 +63,7 @@ def train_flops(learn # a Learner that has run
         else: flops, rule = 6 * _in_products(learn.model) * rows * T, '6 x parameters x tokens'
     return flops * (4 + 2 * share) / 6, rule
 
-# %% ../nbs/06h_report.ipynb #6fab4509
+# %% ../nbs/06h_report.ipynb #9ed073f8
 # TFLOPS by the makers' data sheets: dense products in bf16 (fp16 before Ampere) with float32 sums; float32 without TF32
 _gpus = {'B200': (2250, 75), 'H200': (989, 67), 'GH200': (989, 67), 'H100 NVL': (835, 60), 'H100 PCIe': (756, 51),
          'H100': (989, 67), 'A100': (312, 19.5), 'A40': (150, 37.4), 'A10G': (70, 31.5), 'A10': (125, 31.2),
@@ -92,15 +92,15 @@ def peak_flops(device, # a torch.device or its name
                )->tuple[float, str]: # operations a second, and how that is known
     "The most that a device can do: by the maker's data sheet, or of a product measured here where we have none."
     device, half = torch.device(device), dtype in (torch.float16, torch.bfloat16)
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    key = next((k for k in _gpus if re.search(rf'\b{k}\b', name)), None)
-    if key is None or not half and dtype != torch.float32:
+    name = device.type == 'cuda' and torch.cuda.get_device_name(device)
+    key = name and next((k for k in _gpus if re.search(rf'\b{k}\b', name)), None)
+    if not key or not half and dtype != torch.float32:
         return _measured_flops(device, dtype), f'a product in {str(dtype)[6:]}, measured'
     tf32 = torch.get_float32_matmul_precision() != 'highest' and torch.cuda.get_device_capability(device)[0] >= 8
     if half or tf32: return 1e12 * _gpus[key][0] / (1 if half else 2), f'data sheet of {key}{"" if half else ", TF32"}'
     return 1e12 * _gpus[key][1], f'data sheet of {key}'
 
-# %% ../nbs/06h_report.ipynb #268cd6a0
+# %% ../nbs/06h_report.ipynb #d19138ed
 def _memory(device):
     "Bytes held now and at the peak: by tensors on a GPU, else by the process; None where nothing tells"
     if device.type == 'cuda': return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
@@ -120,10 +120,10 @@ def _forget_peak(device):
 
 def _held(learn):
     "Bytes of weights, of gradients as they are in a step, and of the optimizers' state"
+    def size(tensors): return sum((t.to_local() if hasattr(t, 'to_local') else t).nbytes for t in tensors)   # a shard's
     params = list(learn.model.parameters())
     state = [t for o in learn.opts for s in o.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-    return {'weights': sum(p.nbytes for p in params), 'gradients': sum(p.nbytes for p in params if p.requires_grad),
-            'optimizer': sum(t.nbytes for t in state)}
+    return {'weights': size(params), 'gradients': size(p for p in params if p.requires_grad), 'optimizer': size(state)}
 
 # %% ../nbs/06h_report.ipynb #b724e9da
 def energy(device='cpu', # a torch.device or its name: a GPU is read besides the processor
@@ -146,13 +146,14 @@ def _gpu_energy(device):
         return {torch.cuda.get_device_name(device): (pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3, float('inf'))}
     except (pynvml.NVMLError, AttributeError): return {}               # no driver's library, a GPU without a counter
 
-# %% ../nbs/06h_report.ipynb #810d3c0d
+# %% ../nbs/06h_report.ipynb #81ac6dad
 class Meter:
     "A callback that measures `peak` bytes and `joules` by counter, for `run_report`. It travels in checkpoints."
     def __init__(self): self.peak, self.joules, self.device = None, {}, None
 
     def before_fit(self, learn):
         self.device, held = learn.device, _held(learn)
+        trim_heap()
         _forget_peak(self.device)
         now, _ = _memory(self.device)
         self.others = 0 if now is None or self.device.type == 'cuda' else now - held['weights'] - held['optimizer']
@@ -180,7 +181,7 @@ class Meter:
 
     def load_state_dict(self, state, tensors=None): self.peak, self.joules = state['peak'], dict(state['joules'])
 
-# %% ../nbs/06h_report.ipynb #df6839b4
+# %% ../nbs/06h_report.ipynb #5fd946aa
 def memory_table(learn, # a Learner that has run
                  peak:int|None=None, # bytes, as measured by a Meter
                  )->list[tuple]: # rows of (what, bytes by formula or None, bytes measured or None)
@@ -188,11 +189,13 @@ def memory_table(learn, # a Learner that has run
     held, config, lengths = _held(learn), getattr(learn.model, 'config', None), _row_lengths(learn)
     rows = [(k, None, v) for k, v in held.items()]
     if isinstance(config, TransformerConfig) and lengths:
-        card = model_card(config, learn.batch_size, max(1, round(sum(lengths) / len(lengths))))
+        dtype = next(learn.model.parameters()).dtype
+        card = model_card(config, learn.batch_size, max(1, round(sum(lengths) / len(lengths))), dtype)
         card, full = card.bytes, 4 * card.parts['norms'].saved           # norms keep float32 under autocast
         optimizer = 'Muon' if any(isinstance(o, getattr(torch.optim, 'Muon', ())) for o in learn.opts) else 'AdamW'
         share, half = held['gradients'] / held['weights'], PRECISIONS[learn.precision].itemsize / 4
-        predicted = card['weights'], round(card['gradients'] * share), round(card[f'optimizer, {optimizer}'] * share)
+        state = card[f'optimizer, {optimizer}'] * share * dtype.itemsize / 4
+        predicted = card['weights'], round(card['gradients'] * share), round(state)
         rows = [(k, p, v) for (k, v), p in zip(held.items(), predicted)]
         rows += [('activations', round(full + half * (card['activations'] - full)), None),
                  ('logits, a chunk', card['logits, a chunk'], None)]
