@@ -1,13 +1,13 @@
 """lmnotes.checkpoints under faults: every call to the file system of a save fails or is the last before a kill, with renames whole and piecewise; random kills,
 limits, flipped bits, hostile files, two writers. Faults come in below the code: by Python's audit events, os.fsync and the file's write."""
-import builtins, errno, hashlib, io, json, os, pickle, random, re, resource, shutil, signal, subprocess, sys, tempfile, time, types, warnings
+import builtins, errno, hashlib, io, json, os, pickle, random, re, resource, shutil, signal, stat, subprocess, sys, tempfile, time, types, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load as library_load, save as library_save
+from safetensors.torch import load as library_load, load_file, save as library_save
 
 from lmnotes import checkpoints as ck
 from lmnotes.checkpoints import CheckpointError, checkpoints, load_checkpoint, lock, newest_good, prune, read_tensors, save_checkpoint, sweep, verify_checkpoint
@@ -207,6 +207,16 @@ def test_power_cut(run, monkeypatch):
     assert {re.sub(r'^\.step-2\.[0-9a-f]{8}\.tmp/?', '', s) for s in before} == {'', *parts}
     assert set(between) == {'step-2', str(run), *(f'step-2/{p}' for p in parts)} and synced == [str(run/'step-2')]
 
+def test_folders_that_cannot_be_synced(run, monkeypatch):
+    "Some mounted drives cannot; that is no reason not to save. A file that cannot be synced is"
+    fsync = os.fsync
+    for number in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        def partly(fd): fail(number)() if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd)
+        monkeypatch.setattr(os, 'fsync', partly)
+        assert_step(save(run, number + 10))
+    monkeypatch.setattr(os, 'fsync', lambda fd: fail(errno.EINVAL)())
+    with pytest.raises(OSError, match='needs'): save(run, 2)
+
 def train(run, report):
     "A run as a Learner makes it: goes on from the newest checkpoint, saves, says so, prunes"
     with lock(run), warnings.catch_warnings():
@@ -343,7 +353,7 @@ def forge(folder, change=lambda m: None, **contents):
 def test_forged_is_read(tmp_path): assert load_checkpoint(forge(tmp_path/'step-1', model__safetensors=library_save({'w': torch.ones(3)})))[0]['model']['w'].sum() == 3
 
 NAMES = ['../x', '..\\x', '/etc/passwd', 'C:\\x', 'c:x', 'a/b', 'a\\b', '', '.', '..', 'x.pkl', 'model.bin', 'con.safetensors', 'NUL.safetensors', 'com1.safetensors',
-         '.x.safetensors', 'a\0.safetensors', 'é.safetensors', 'x.safetensors ', 'x.safetensors\n', 'x' * 300 + '.safetensors', 'manifest.json', 'x:y.safetensors', '٣.safetensors']
+         '.x.safetensors', 'a\0.safetensors', 'é.safetensors', 'x.safetensors ', 'x.safetensors\n', 'x' * 300 + '.safetensors', 'manifest.json', 'x:y.safetensors', '٣.safetensors', 'ſtate.json', 'x.ſafetensors']
 
 @pytest.mark.parametrize('name', NAMES)
 def test_names(tmp_path, name):
@@ -351,7 +361,7 @@ def test_names(tmp_path, name):
     entry = dict(bytes=0, sha256=hashlib.sha256(b'').hexdigest())
     with pytest.raises(CheckpointError, match='manifest.json.*must list'): load_checkpoint(forge(tmp_path/'step-1', lambda m: m['files'].update({name: entry})))
     stem = name.removesuffix('.safetensors')
-    if stem != name or '.' not in name or not name:
+    if stem != name or '.' not in name:
         with pytest.raises(LmnotesError, match='a file in tensors'): save_checkpoint(tmp_path/'step-2', {stem: {}}, {})
     assert not (tmp_path/'step-2').exists()
 
@@ -384,7 +394,7 @@ HOSTILE = dict(
     dtype=header(one(dtype='F33'), bytes(8)), wide=header(one(dtype='F64'), bytes(8)), shape=header(one(shape=[3]), bytes(8)), overflow=header(one(shape=[2**62, 2**62, 8]), bytes(8)),
     wraps=header(one(shape=[2**61, 8]), bytes(8)), negative=header(one(shape=[-2, -1]), bytes(8)), nothing=header(one(shape=[0, 2**70], data_offsets=[0, 0])), text=header(one(shape='2'), bytes(8)),
     no_shape=header(b'{"w":{"dtype":"F32","data_offsets":[0,8]}}', bytes(8)), offsets=header(one(data_offsets=[0]), bytes(8)), deep=header(b'{"a":' * 50_000 + b'}' * 50_000), nan=header(one(shape=[float('nan')])),
-    pickle=pickle.dumps(Canary()), pickle0=pickle.dumps(Canary(), 0), zip=b'PK\3\4' + bytes(100))
+    claims=header(one(dtype='U8', shape=[2**45], data_offsets=[0, 2**45]), bytes(8)), zero=header(one(shape=[0, -1], data_offsets=[0, 0])), pickle=pickle.dumps(Canary()), pickle0=pickle.dumps(Canary(), 0), zip=b'PK\3\4' + bytes(100))
 
 @pytest.mark.parametrize('kind', HOSTILE)
 def test_hostile_tensors(tmp_path, monkeypatch, kind):
@@ -392,8 +402,14 @@ def test_hostile_tensors(tmp_path, monkeypatch, kind):
     (tmp_path/'x').write_bytes(HOSTILE[kind])
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path/'x'))) as e: read_tensors(tmp_path/'x')
     assert ('pickle or zip' in str(e.value)) == (kind in ('pickle', 'zip'))
+    assert kind != 'claims' or 'not all there' in str(e.value)              # before any memory is asked for
     with pytest.raises(CheckpointError, match='model.safetensors'): load_checkpoint(forge(tmp_path/'step-1', model__safetensors=HOSTILE[kind]))
     assert not Path('canary').exists()
+
+def test_header_cap(tmp_path):
+    "A header above the library's limit is not even read"
+    with open(tmp_path/'x', 'wb') as f: f.write((150_000_000).to_bytes(8, 'little')); f.truncate(200_000_000)      # takes no room on the disk
+    with pytest.raises(CheckpointError, match='its start is not of safetensors'): read_tensors(tmp_path/'x')
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
@@ -445,6 +461,11 @@ def test_every_kind_of_tensor(tmp_path):
     for n, t in named.items():
         for got in (tensors['m'][n], theirs[n]): assert got.dtype == t.dtype and got.shape == t.shape and got.contiguous().view(-1).view(torch.uint8).equal(t.detach().contiguous().view(-1).view(torch.uint8))
     assert len({t.untyped_storage().data_ptr() for t in tensors['m'].values() if t.numel()}) == len(named) - 1     # each owns its memory
+    raw = (folder/'m.safetensors').read_bytes()
+    start = 8 + int.from_bytes(raw[:8], 'little')
+    spans = json.loads(raw[8:start]).items()
+    assert start % 8 == 0 and all(t['data_offsets'][0] % named[n].element_size() == 0 for n, t in spans if n != '__metadata__')
+    assert load_file(folder/'m.safetensors').keys() == named.keys()        # the library maps the file: all must lie aligned
     (tmp_path/'lib').write_bytes(library_save({n: t.detach().contiguous().clone() for n, t in named.items()}))
     assert read_tensors(tmp_path/'lib').keys() == named.keys()
 
