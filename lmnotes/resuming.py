@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['run_settings', 'alone', 'save_run', 'load_run', 'go_on']
 
-# %% ../nbs/06m_resuming.ipynb #a29ce833
-import hashlib, json, time
+# %% ../nbs/06m_resuming.ipynb #3441f9ef
+import hashlib, json, time, warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,14 +16,15 @@ from .checkpoints import (CheckpointError, checkpoints, load_checkpoint, lock, p
 from .distributed import load_optimizer, load_whole, optimizer_tensors, state_of, total, whole_state
 from .loaders import Rows, fingerprint
 
-# %% ../nbs/06m_resuming.ipynb #c6aff3df
-def _hyperparameters(opt, base):
-    "An optimizer as JSON: its kind, and of each group what is set"
-    plain, apart = (int, float, str, tuple, type(None)), ('params', 'lr', 'initial_lr')
-    kept = lambda g: {k: list(v) if isinstance(v, tuple) else v for k, v in g.items()
-                      if k not in apart and isinstance(v, plain)}
+# %% ../nbs/06m_resuming.ipynb #93771f4e
+_apart = 'params lr initial_lr foreach fused capturable differentiable'.split()        # kept elsewhere, or means to an end
+
+def _hyperparameters(opt, base, lr):
+    "An optimizer as JSON: its kind, and of each group what is set, its rate as a share of the learner's"
+    plain = (int, float, str, tuple, type(None))
+    kept = lambda g: {k: v for k, v in g.items() if k not in _apart and isinstance(v, plain)}
     groups = zip(opt.param_groups, base)
-    return [type(opt).__name__, *(kept(g) | dict(lr=lr, tensors=len(g['params'])) for g, lr in groups)]
+    return [type(opt).__name__, *(kept(g) | dict(rate=round(b / lr, 9), tensors=len(g['params'])) for g, b in groups)]
 
 def _stateful(learn):
     "Callbacks that travel in checkpoints, by a name of their own"
@@ -42,7 +43,7 @@ def run_settings(
                     order=hashlib.sha256(learn.source.epoch(0).numpy().tobytes()).hexdigest()[:16]) if rows else {}
         same = ('batch_size', 'accumulate', 'processes', 'seed', 'lr', 'clip', 'precision')
         rest = dict(loss=getattr(learn.loss, '__qualname__', type(learn.loss).__name__), callbacks=list(_stateful(learn)),
-                    optimizer=[_hyperparameters(o, base) for o, base in zip(learn.opts, learn.base)])
+                    optimizer=[_hyperparameters(o, base, learn.lr) for o, base in zip(learn.opts, learn.base)])
         nothing = dict(rows=None, data=None, order=None)
         learn.kept_settings = nothing | data | {k: getattr(learn, k) for k in same} | rest
     return learn.kept_settings | dict(schedule=[learn.schedule(steps * i // 4 - (i == 4), steps) for i in range(5)])
@@ -87,8 +88,17 @@ def save_run(
     if failed: raise LmnotesError(f'{folder}: the first process could not write this checkpoint')
     return folder
 
-# %% ../nbs/06m_resuming.ipynb #17b30275
+# %% ../nbs/06m_resuming.ipynb #152ee81c
 _state = 'step total tokens seconds best_step history stopped parts scaler callbacks settings'.split()
+
+def _where(was, now):
+    "Two values of JSON, reduced to the places where they differ"
+    if isinstance(was, dict) and isinstance(now, dict):
+        pairs = {k: _where(was.get(k), now.get(k)) for k in {**was, **now} if was.get(k) != now.get(k)}
+        return {k: a for k, (a, _) in pairs.items()}, {k: b for k, (_, b) in pairs.items()}
+    nested = isinstance(was, list) and isinstance(now, list) and any(isinstance(x, (list, dict)) for x in was)
+    if not nested or len(was) != len(now): return was, now
+    return tuple(map(list, zip(*(_where(a, b) for a, b in zip(was, now) if a != b))))
 
 def _differences(learn, tensors, state, allow_change):
     "Settings and shapes of tensors that are not the checkpoint's, each with both values"
@@ -96,13 +106,13 @@ def _differences(learn, tensors, state, allow_change):
     unknown = sorted(set([allow_change] if isinstance(allow_change, str) else allow_change) - mine.keys())
     require(not unknown, 'allow_change', unknown, f'names among {", ".join(mine)}')
     differ = [k for k in mine if theirs.get(k) != mine[k] and k not in allow_change]
-    found = [f'{k} was {theirs.get(k)}, now {mine[k]}' for k in differ]
+    found = ['{} was {}, now {}'.format(k, *_where(theirs.get(k), mine[k])) for k in differ]
     was, now = ({n: list(t.shape) for n, t in named.items()} for named in (tensors['model'], state_of(learn.model)))
     wrong = [n for n in {**now, **was} if was.get(n) != now.get(n)]
     found += [f'{n} was {was.get(n, "missing")}, now {now.get(n, "missing")}' for n in wrong[:8]]
     return found + [f'and {len(wrong) - 8} tensors more'] * (len(wrong) > 8)
 
-# %% ../nbs/06m_resuming.ipynb #76c6fe3e
+# %% ../nbs/06m_resuming.ipynb #c2ed78ed
 def load_run(
     learn, # a Learner, changed in place
     folder, # a checkpoint
@@ -124,8 +134,8 @@ def load_run(
         if known: cb.load_state_dict(state['callbacks'][name], tensors.get(name, {}))
     for k in ('step', 'tokens', 'seconds', 'best_step', 'history'): setattr(learn, k, state[k])
     learn.stop, learn._parts = state['stopped'], state['parts']
-    if learn.total not in (None, state['total']) and learn.step < learn.total and learn.main:
-        print(f'the schedule was laid out for {state["total"]} steps and goes on as one of {learn.total}')
+    if learn.total not in (None, state['total']) and learn.step < learn.total:
+        warnings.warn(f'the schedule was laid out for {state["total"]} steps and goes on as one of {learn.total}')
 
 # %% ../nbs/06m_resuming.ipynb #4378e120
 def go_on(
