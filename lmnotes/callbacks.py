@@ -60,10 +60,10 @@ def ended(learn)->bool:
     "Whether a run is over, by its steps or because a callback stopped it; an interrupt or an error is not the end."
     return learn.stop or learn.step >= learn.total
 
-# %% ../nbs/06d_callbacks.ipynb #97a65ff8
+# %% ../nbs/06d_callbacks.ipynb #4b455af5
 class EMA:
-    """A callback: an exponential average of the trained parameters, equation (6d.1), in float32 or finer. Validation and, at
-    the end, the model itself get the averages, unless swap is False."""
+    """A callback: an exponential average of the trained parameters, equation (6d.1), in float32 or finer. Validation
+    and, at the end, the model itself get the averages, unless swap is False."""
     def __init__(self,
         decay:float=.999, # in [0,1): the average reaches back about 1/(1 - decay) steps
         swap:bool=True, # whether validation and the finished model use the averages
@@ -101,10 +101,10 @@ class EMA:
         require(state['decay'] == self.decay, 'decay', self.decay, f"{state['decay']}, as before the run was resumed")
         self.updates, self.loaded, self.aside = state['updates'], tensors, {}
 
-# %% ../nbs/06d_callbacks.ipynb #1934a75e
+# %% ../nbs/06d_callbacks.ipynb #3b1c5034
 class Validate:
-    """A callback: scores the validation rows every so many steps and after the last one, in `losses`. It stops the run when
-    nothing improves for `patience` scores in a row, and puts the best weights back at the end."""
+    """A callback: scores the validation rows every so many steps and after the last one, in `losses`. It stops the run
+    when nothing improves for `patience` scores in a row, and puts the best weights back at the end."""
     def __init__(self,
         every:int, # steps from one score to the next
         patience:int|None=None, # scores in a row without a better one until the run stops; None: never
@@ -121,9 +121,9 @@ class Validate:
         require(learn.valid is not None, 'valid', None, 'rows to validate on')
         averages = [cb for cb in learn.cbs if isinstance(cb, EMA) and cb.swap]
         first = not averages or learn.cbs.index(averages[0]) < learn.cbs.index(self)
-        require(first, 'cbs', '[…, Validate, …, EMA]', 'the other way round, so that a step is averaged before it is scored')
+        require(first, 'cbs', '[Validate, EMA]', 'the other way round, so that a step is averaged before it is scored')
         lost = self.restore and self.best_step is not None and learn.out_dir is None and self.kept is None
-        require(not lost, 'out_dir', None, f'the folder whose checkpoint of step {self.best_step} has the best weights')
+        require(not lost, 'out_dir', None, f'the folder with the best weights, of step {self.best_step}')
         self.ema = averages[0] if averages else None
         learn.best_step = self.best_step
     def after_step(self, learn):
@@ -145,7 +145,7 @@ class Validate:
     def state_dict(self)->dict: return {k: getattr(self, k) for k in ('losses', 'best', 'best_step', 'bad')}
     def load_state_dict(self, state, tensors=None): vars(self).update(state)
 
-# %% ../nbs/06d_callbacks.ipynb #26827e43
+# %% ../nbs/06d_callbacks.ipynb #f17d5a81
 def best_weights(learn, # a learner
                  validate:Validate, # its callback
                  )->dict: # name -> tensor
@@ -153,7 +153,8 @@ def best_weights(learn, # a learner
     if learn.out_dir is None: return validate.kept
     tensors, _ = load_checkpoint(learn.out_dir/f'step-{validate.best_step:06d}')
     averages = [cb for cb in learn.cbs if type(cb) is type(validate.ema)]
-    return tensors['model'] | (tensors[f'{type(validate.ema).__name__}-{averages.index(validate.ema)}'] if averages else {})
+    if not averages: return tensors['model']
+    return tensors['model'] | tensors[f'{type(validate.ema).__name__}-{averages.index(validate.ema)}']
 
 # %% ../nbs/06d_callbacks.ipynb #8ad826b9
 def validation_losses(learn)->list: # of dict(step, loss, tokens)
@@ -185,10 +186,10 @@ def in_notebook()->bool:
     ipython = sys.modules.get('IPython')
     return ipython is not None and getattr(ipython.get_ipython(), 'kernel', None) is not None
 
-# %% ../nbs/06d_callbacks.ipynb #9cf1d7fa
+# %% ../nbs/06d_callbacks.ipynb #90ed2102
 class LiveCurve:
-    """A callback: training and validation losses, redrawn in place in a notebook, a line of text elsewhere. Drawing takes at
-    most a twentieth of the time."""
+    """A callback: training and validation losses, redrawn in place in a notebook, a line of text elsewhere. Drawing
+    takes at most a twentieth of the time."""
     def __init__(self,
         every:float|None=None, # seconds between drawings; None: 3 in a notebook, 15 elsewhere
         smooth:int=20, # steps averaged
@@ -199,30 +200,33 @@ class LiveCurve:
         import plotly.graph_objects as go
         x, y = [h['tokens'] for h in learn.history], [h['loss'] for h in learn.history]
         keep = sorted({*range(0, len(x), max(1, len(x) // 300)), len(x) - 1}) if x else []
-        def curve(values, **style): return go.Scatter(x=[x[i] for i in keep], y=[round(values[i], 4) for i in keep], mode='lines', **style)
-        fig = go.Figure([curve(y, name='a step', line_width=1, opacity=.4), curve(smoothed(y, self.smooth), name=f'mean of {self.smooth}')])
+        def curve(x, y, **style): return go.Scatter(x=x, y=[round(v, 4) for v in y], **style)
+        def thin(y, **style): return curve([x[i] for i in keep], [y[i] for i in keep], mode='lines', **style)
+        fig = go.Figure([thin(y, name='a step', line_width=1, opacity=.4),
+                         thin(smoothed(y, self.smooth), name=f'mean of {self.smooth}')])
         if valid := validation_losses(learn):
-            fig.add_scatter(x=[v['tokens'] for v in valid], y=[round(v['loss'], 4) for v in valid], name='validation', mode='lines+markers')
-        return fig.update_layout(title='Loss while training', height=340, xaxis_title='tokens trained on', yaxis_title='loss (nats per token)')
+            tokens, losses = zip(*((v['tokens'], v['loss']) for v in valid))
+            fig.add_trace(curve(tokens, losses, name='validation', mode='lines+markers'))
+        return fig.update_layout(title='Loss while training', height=340, xaxis_title='tokens trained on',
+                                 yaxis_title='loss (nats per token)')
     def text(self, learn # with a history
     )->str:
         "Step, mean of the last losses, their curve, and the last validation loss."
         y = smoothed([h['loss'] for h in learn.history], self.smooth)
         valid = [f"  validation {v['loss']:.3f}" for v in validation_losses(learn)[-1:]]
         return ''.join([f'step {learn.step}/{learn.total}  loss {y[-1]:.3f}  {sparkline(y)}', *valid])
-    def before_fit(self, learn): self.at, self.due = learn.step, 0. if in_notebook() else time.monotonic() + (self.every or 15)
+    def before_fit(self, learn):
+        self.at, self.due = learn.step, 0. if in_notebook() else time.monotonic() + (self.every or 15)
     def after_step(self, learn):
         if learn.main and learn.history and time.monotonic() >= self.due: self.draw(learn)
     def after_fit(self, learn):
         if learn.main and learn.history and self.at != learn.step: self.draw(learn)
     def draw(self, learn):
-        start = time.monotonic()
-        drawn = self.show(learn)
-        now = time.monotonic()
+        start, drawn, now = time.monotonic(), self.show(learn), time.monotonic()
         self.at, self.due = learn.step, now + max(self.every or (3 if drawn else 15), 20 * (now - start))
     def show(self, learn)->bool: # whether as a figure
-        try: bundle = self.figure(learn)._repr_mimebundle_() if in_notebook() else None   # data: a figure shown as such is added, not replaced
-        except ImportError: bundle = None                                # no plotly
+        try: bundle = self.figure(learn)._repr_mimebundle_() if in_notebook() else None   # data, to be replaced
+        except ImportError: bundle = None                                                 # no plotly
         if self.handle: self.handle.update(bundle, raw=True)
         elif bundle:
             from IPython.display import display

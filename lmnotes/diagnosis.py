@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .core import known_name, require
 from .distributed import full
 
-# %% ../nbs/06j_diagnosis.ipynb #e47de644
+# %% ../nbs/06j_diagnosis.ipynb #188f6b5b
 class Series:
     "Numbers by kind and name, one for each measured step. They travel in checkpoints; `figure` draws a kind."
     logs = ()                                                           # kinds that are drawn as powers of ten
@@ -49,7 +49,8 @@ class Series:
         z = [[None if (y := cell(x)) is None else round(y, 3) for x in row] for row in rows.values()]
         name = f'log10 of {kind}' if kind in self.logs else kind
         fig = go.Figure(go.Heatmap(x=self.steps, y=list(rows), z=z, colorscale='Viridis', colorbar_title=name))
-        return fig.update_layout(height=min(420, 220 + 14 * len(rows)), xaxis_title='step', yaxis=dict(type='category', autorange='reversed'))
+        return fig.update_layout(height=min(420, 220 + 14 * len(rows)), xaxis_title='step',
+                                 yaxis=dict(type='category', autorange='reversed'))
 
 # %% ../nbs/06j_diagnosis.ipynb #321de23f
 class GradientStats(Series):
@@ -71,7 +72,7 @@ def _tensors(x):
     elif is_dataclass(x): x = list(vars(x).values())
     return [t for y in x for t in _tensors(y)] if isinstance(x, (list, tuple)) else []
 
-# %% ../nbs/06j_diagnosis.ipynb #33624052
+# %% ../nbs/06j_diagnosis.ipynb #7634ef50
 class ActivationStats(Series):
     """A callback: mean, standard deviation and share near zero of what modules put out, every so many steps, over the
     rows of this process. Forward hooks are there only while a measured step runs forward."""
@@ -86,7 +87,7 @@ class ActivationStats(Series):
     def wanted(self, model:nn.Module)->list: # of (name, module)
         "The modules that are watched. LmnotesError if a name is not the model's."
         named = {n: m for n, m in model.named_modules() if n}
-        if self.modules is None: return [(n, m) for n, m in named.items() if any(True for _ in m.parameters(recurse=False))]
+        if self.modules is None: return [(n, m) for n, m in named.items() if len([*m.parameters(recurse=False)])]
         types = tuple(m for m in self.modules if isinstance(m, type))
         names = [known_name(m, named, 'module') for m in self.modules if not isinstance(m, type)]
         return [(n, m) for n, m in named.items() if n in names or isinstance(m, types)]
@@ -110,7 +111,8 @@ class ActivationStats(Series):
         require(bool(self.sums), 'modules', self.modules, 'modules that run; none did (is the model compiled?)')
         numbers = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist()))
         rows = {n: (m / k, max(0, q / k - (m / k)**2)**.5, z / k) for n, (m, q, z, k) in numbers.items()}
-        self.add(self.at, {kind: {n: r[i] for n, r in rows.items()} for i, kind in enumerate(('mean', 'std', 'near zero'))})
+        kinds = ('mean', 'std', 'near zero')
+        self.add(self.at, {kind: {n: r[i] for n, r in rows.items()} for i, kind in enumerate(kinds)})
     def after_fit(self, learn): self.remove()
     def remove(self):
         while self.hooks: self.hooks.pop().remove()
@@ -132,17 +134,18 @@ def _undisturbed(model):
         with torch.no_grad():
             for b, old in kept: b.copy_(old)
 
-# %% ../nbs/06j_diagnosis.ipynb #ea638f78
+# %% ../nbs/06j_diagnosis.ipynb #b35d82e0
 class _Trace:
     "Hooks on every module: where numbers stop being finite, on the way forward and on the way back"
     def __init__(self, model):
-        self.first, self.ins, self.at_output, self.at_input, self.forward, self.tensors = None, {}, set(), set(), True, []
-        self.hooks = []
+        self.first, self.ins, self.at_output, self.at_input, self.forward, self.hooks = None, {}, set(), set(), True, []
         for name, m in model.named_modules():
             self.hooks.append(m.register_forward_pre_hook(partial(self.before, name), with_kwargs=True))
             self.hooks.append(m.register_forward_hook(partial(self.after, name)))
     def before(self, name, module, args, kwargs):
-        def own(t): return self.watch(t.view_as(t), name, self.at_input) if isinstance(t, Tensor) and t.requires_grad else t
+        def own(t):
+            wanted = isinstance(t, Tensor) and t.requires_grad
+            return self.watch(t.view_as(t), name, self.at_input) if wanted else t
         args, kwargs = tuple(map(own, args)), {k: own(v) for k, v in kwargs.items()}
         self.ins[name] = _bad(_tensors([*args, kwargs]))
         return args, kwargs                            # views, whose gradients are those of this use alone

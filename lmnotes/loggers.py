@@ -11,7 +11,7 @@ from importlib import import_module
 from .callbacks import validation_losses
 from .core import LmnotesError
 
-# %% ../nbs/06k_loggers.ipynb #9ecd4acf
+# %% ../nbs/06k_loggers.ipynb #9dc2a1cd
 class Logger:
     "What trackers share: the first process opens one, writes each step and each validation, closes it at the end."
     def __init__(self,
@@ -24,7 +24,7 @@ class Logger:
         self.init, self.run = init, None
     def before_fit(self, learn):
         self.sent = len(validation_losses(learn))
-        names = ('total', 'batch_size', 'accumulate', 'processes', 'seed', 'precision')     # and nothing else: no secrets
+        names = ('total', 'batch_size', 'accumulate', 'processes', 'seed', 'precision')    # nothing else: no secrets
         if learn.main: self.open(learn, {n: getattr(learn, n) for n in names} | self.init.get('config', {}))
     def after_step(self, learn):
         if self.run is None: return                                     # not the first process
@@ -39,7 +39,7 @@ class Logger:
         self.close()
         self.run = None
 
-# %% ../nbs/06k_loggers.ipynb #ee099a1e
+# %% ../nbs/06k_loggers.ipynb #61313f82
 class TensorBoard(Logger):
     "A callback: curves for `tensorboard --logdir folder`. A resumed run goes on in the same folder."
     def __init__(self, folder # of the run's event files
@@ -48,7 +48,7 @@ class TensorBoard(Logger):
         self.folder = str(folder)
     def open(self, learn, config):
         from torch.utils.tensorboard import SummaryWriter
-        self.run = SummaryWriter(self.folder, purge_step=learn.step + 1)    # hides steps that a killed run had written after its checkpoint
+        self.run = SummaryWriter(self.folder, purge_step=learn.step + 1)    # hides what came after the checkpoint
     def write(self, values, step):
         for k, v in values.items(): self.run.add_scalar(k, v, step)
     def close(self): self.run.close()
