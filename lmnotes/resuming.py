@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['run_settings', 'alone', 'save_run', 'load_run', 'go_on']
 
-# %% ../nbs/06m_resuming.ipynb #3441f9ef
-import hashlib, json, time, warnings
+# %% ../nbs/06m_resuming.ipynb #a29ce833
+import hashlib, json, time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def save_run(
     tensors = {'model': whole_state(learn.model), 'optimizer': optimizer_tensors(learn.opts)}
     tensors |= {name: found for name, cb in cbs.items() if (found := getattr(cb, 'tensors', dict)())}
     state = {k: getattr(learn, k) for k in ('step', 'total', 'tokens', 'seconds', 'best_step', 'history')} | dict(
-        stopped=learn.stop, parts=learn._parts, scaler=learn.scaler and learn.scaler.state_dict(),
+        stopped=learn.stop, parts=learn.parts.n, scaler=learn.scaler and learn.scaler.state_dict(),
         callbacks={name: getattr(cb, 'state_dict', dict)() for name, cb in cbs.items()},
         settings=run_settings(learn, learn.total))
     problem = None
@@ -112,7 +112,7 @@ def _differences(learn, tensors, state, allow_change):
     found += [f'{n} was {was.get(n, "missing")}, now {now.get(n, "missing")}' for n in wrong[:8]]
     return found + [f'and {len(wrong) - 8} tensors more'] * (len(wrong) > 8)
 
-# %% ../nbs/06m_resuming.ipynb #c2ed78ed
+# %% ../nbs/06m_resuming.ipynb #76c6fe3e
 def load_run(
     learn, # a Learner, changed in place
     folder, # a checkpoint
@@ -133,9 +133,9 @@ def load_run(
         known = name in state['callbacks'] and hasattr(cb, 'load_state_dict')
         if known: cb.load_state_dict(state['callbacks'][name], tensors.get(name, {}))
     for k in ('step', 'tokens', 'seconds', 'best_step', 'history'): setattr(learn, k, state[k])
-    learn.stop, learn._parts = state['stopped'], state['parts']
-    if learn.total not in (None, state['total']) and learn.step < learn.total:
-        warnings.warn(f'the schedule was laid out for {state["total"]} steps and goes on as one of {learn.total}')
+    learn.stop, learn.parts.n = state['stopped'], state['parts']
+    if learn.total not in (None, state['total']) and learn.step < learn.total and learn.main:
+        print(f'the schedule was laid out for {state["total"]} steps and goes on as one of {learn.total}')
 
 # %% ../nbs/06m_resuming.ipynb #4378e120
 def go_on(
