@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'autocast', 'choose_precision', 'LossScaler', 'tensor_peak', 'recompute', 'out_of_memory', 'trim_heap',
-           'free_memory', 'split_batch']
+           'free_memory', 'split_batch', 'Parts']
 
-# %% ../nbs/06c_precision.ipynb #a10b6710
-import ctypes, gc, sys, traceback, weakref
+# %% ../nbs/06c_precision.ipynb #2b7c3009
+import ctypes, gc, sys, traceback, weakref, warnings
 from contextlib import nullcontext
 from functools import partial
 
@@ -204,3 +204,39 @@ def split_batch(batch:dict, # name -> tensor; the first dimension of input_ids (
     has_rows = {k: isinstance(t, Tensor) and t.ndim > 0 and len(t) == B for k, t in batch.items()}
     cut = {k: t.tensor_split(n) if has_rows[k] else [t] * n for k, t in batch.items()}
     return [{k: parts[i] for k, parts in cut.items()} for i in range(n)]
+
+# %% ../nbs/06c_precision.ipynb #9defb40b
+def _n_rows(batch): return len(batch['input_ids'] if 'input_ids' in batch else next(iter(batch.values())))
+
+class Parts:
+    "Cuts micro-batches in `n` parts; one, until memory runs out."
+    def __init__(self): self.n = 1
+
+    def cut(self, batch:dict|None # None: a micro-batch without rows
+    )->list: # batches with the same rows in the same order
+        "As many parts as there are rows, at most n."
+        return [batch] if batch is None or self.n == 1 else split_batch(batch, min(self.n, _n_rows(batch)))
+
+    def give_way(self,
+        error:Exception, # what was caught; raised again unless memory ran out
+        params, # whose gradients are dropped
+    )->str: # what it said
+        "Free what a failed try holds."
+        if not out_of_memory(error): raise error
+        for p in params: p.grad = None
+        free_memory(error)
+        return f'{type(error).__name__} {error}'.splitlines()[0]
+
+    def double(self,
+        batches:list, # the whole micro-batches of the step that failed
+        problem:str, # what give_way said
+        when:str, # as in: memory ran out in step 3
+    ):
+        "Twice as many parts from now on, with a warning. LmnotesError where one row at a time was too much."
+        shapes = ', '.join(str(tuple(b['input_ids'].shape)) for b in batches if 'input_ids' in b)
+        peak = f', {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at the peak' if torch.cuda.is_initialized() else ''
+        said = f'memory ran out in {when}, input_ids {shapes}{peak}: {problem}'
+        if self.n >= max(map(_n_rows, batches)):
+            raise LmnotesError(f'batch_size: {said}. That was one row at a time; shorter rows, recompute=True or a smaller model may fit')
+        self.n *= 2
+        warnings.warn(f'{said}. Micro-batches are now cut in {self.n} parts; the step, its loss and its gradient stay the same')

@@ -416,10 +416,10 @@ def test_out_of_memory_halves_and_frees(recwarn):
         return s, n
     a, b = (learner(model=double, batch_size=12, loss=f).fit(steps=4) for f in (hungry, token_loss))
     assert_close(losses(a), losses(b), atol=1e-12, rtol=1e-12)
-    assert held and all(r() is None for r in held) and a._parts == 4 and len(held) == 2
+    assert held and all(r() is None for r in held) and a.parts.n == 4 and len(held) == 2
     assert any('memory ran out' in str(w.message) and '(12, ' in str(w.message) for w in recwarn)
     def never(model, batch): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
-    with pytest.raises(LmnotesError, match=r'batch_size: memory ran out in step 0 with one row') as e: learner(loss=never).fit(steps=2)
+    with pytest.raises(LmnotesError, match=r'batch_size: memory ran out in step 0.*one row at a time') as e: learner(loss=never).fit(steps=2)
     assert e.value.__cause__ is None and e.value.__context__ is None
 
 
