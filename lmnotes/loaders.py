@@ -169,7 +169,12 @@ def once(self:Rows,
     "What falls to one process in one pass over all rows."
     for step in self.read(0, self.steps_per_epoch, rank, processes): yield from (batch for _, batch in step)
 
-# %% ../nbs/06e_loaders.ipynb #753dd5ca
+# %% ../nbs/06e_loaders.ipynb #5a87ba26
+def _length(source):
+    "None where nobody can tell: a DataLoader over an iterable has len, which raises"
+    try: return len(source)
+    except TypeError: return None
+
 class Stream:
     """Micro-batches from an iterable, in its order: dict batches, or rows to be collated. It is read from its start in
     each epoch, seeded by (seed, epoch), and before each micro-batch by (seed, epoch, its number), so a shuffling
@@ -183,7 +188,7 @@ class Stream:
         seed:int=0, # decides what the iterable draws
     ):
         self.source, self.collate_fn, self.per_step, self.seed = source, collate_fn, per_step, seed
-        self.size, n = batch_size if collate_fn else 1, len(source) if hasattr(source, '__len__') else None
+        self.size, n = batch_size if collate_fn else 1, _length(source)
         require(n != 0, 'len(train)', n, '1 or more')
         self.steps_per_epoch = None if n is None else -(-n // (per_step * self.size))
 
