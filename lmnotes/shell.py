@@ -60,7 +60,7 @@ def context(model:nn.Module)->int: # tokens; 2**31 where there is no limit
     found = (getattr(model.config, name, None) for name in ('max_len', 'max_position_embeddings', 'n_positions'))
     return next(filter(None, found), 2**31)
 
-# %% ../nbs/06i_shell.ipynb #e4d31a0e
+# %% ../nbs/06i_shell.ipynb #b65daee9
 def prepare(
     text, model, length, column, by, held_out, # as for train
 )->tuple: # rows to train on, to validate on, to test on; model, tokenizer
@@ -72,7 +72,8 @@ def prepare(
     vocab_size, eos = net.get_input_embeddings().num_embeddings, tokenizer.eos_token_id
     parts = []
     for some in texts:
-        tokens = [t for t in tokenizer(list(some), verbose=False)['input_ids'] if t] if len(some) else []
+        ids = tokenizer(list(some), verbose=False, split_special_tokens=True)['input_ids'] if len(some) else []
+        tokens = [t for t in ids if t]
         rows = pack(tokens, block_size=length, eos_id=eos, vocab_size=vocab_size) if tokens else []
         parts.append([r for r in rows if (r['labels'][1:] != -100).any()])     # a lone token has nothing to predict
     require(parts[0], 'text', str(text), 'something of two tokens or more')

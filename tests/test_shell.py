@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from lmnotes.checkpoints import checkpoints, verify_checkpoint
 from lmnotes.cli import main
 from lmnotes.core import LmnotesError
 from lmnotes.data import load_tokenizer
@@ -132,6 +133,13 @@ def test_ctrl_c_saves_and_resume_goes_on(book, tmp_path):
     assert code == 130 and '--resume' in said and not (tmp_path/'a/model').exists(), said
     assert run(*args('a'), '--resume')[0] == 0 and run(*args('b'))[0] == 0
     assert weights(tmp_path/'a') == weights(tmp_path/'b')
+
+
+def test_kill_saves_too(book, tmp_path):
+    "What Slurm sends before the time is up"
+    code, said = interrupted([book, '--out', tmp_path/'o', '--steps', 60, '--save-every', 1, '--held-out', 0, *SMALL], tmp_path/'o', signal.SIGTERM)
+    assert code == 143 and 'interrupted after step' in said, said
+    verify_checkpoint(checkpoints(tmp_path/'o'/'checkpoints')[-1])
 
 
 def test_two_processes(book, tmp_path):
