@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .core import LmnotesTypeError, require
 
-# %% ../nbs/06e_loaders.ipynb #4a18d369
+# %% ../nbs/06e_loaders.ipynb #bc49c5f9
 def mix(
     *numbers:int, # whole numbers, such as seed, epoch, row
 )->int: # 0 to 2**63 - 1
@@ -33,7 +33,7 @@ def seed_all(
     "Seed Python's, NumPy's and torch's generators from these numbers, the device's too."
     seed = mix(*numbers)
     random.seed(seed); np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)             # torch.manual_seed asks for devices, which takes longer
+    torch.default_generator.manual_seed(seed)       # torch.manual_seed asks for devices, which takes longer
     for device in (torch.cuda, torch.xpu):
         if device.is_initialized(): device.manual_seed(seed)
     if torch.backends.mps.is_built(): torch.mps.manual_seed(seed)
@@ -74,11 +74,11 @@ def draws_nothing(
     if type(rows) in (list, tuple, np.ndarray) or isinstance(rows, Tensor): return True
     return type(rows).__module__.startswith('datasets.') and getattr(rows, 'format', {}).get('type') != 'custom'
 
-# %% ../nbs/06e_loaders.ipynb #1c282c34
+# %% ../nbs/06e_loaders.ipynb #bf758199
 class Rows:
-    """Micro-batches of rows, each a pure function of (step, place): `source[step, i]` is micro-batch i of a step, a
-    dict, or None where the epoch's last step is short. Whatever reading a row draws is seeded by (seed, epoch, row),
-    whatever collating draws by (seed, step, i)."""
+    """Micro-batches of rows, each a pure function of (step, place): `source[step, i]` is micro-batch i of a step,
+    a dict, or None where the epoch's last step is short. Whatever reading a row draws is seeded by (seed, epoch,
+    row), whatever collating draws by (seed, step, i)."""
     def __init__(self,
         rows, # with a length and an index
         collate_fn:Callable, # list of rows -> dict batch
@@ -99,8 +99,8 @@ class Rows:
         "The order of an epoch, checked."
         if self.kept[0] != n:
             order = torch.as_tensor(self.order(len(self.rows), self.seed, n))
-            n_rows = len(self.rows)
-            require(order.shape == (n_rows,), 'order', tuple(order.shape), f'({n_rows},), one place for each row')
+            shape = (len(self.rows),)
+            require(order.shape == shape, 'order', tuple(order.shape), f'{shape}, one place for each row')
             self.kept = n, order
         return self.kept[1]
 
@@ -113,7 +113,7 @@ class Rows:
         start = (at * self.per_step + i) * self.batch_size
         return self.epoch(epoch)[start:start + self.batch_size].tolist()
 
-# %% ../nbs/06e_loaders.ipynb #79d1212d
+# %% ../nbs/06e_loaders.ipynb #adbfae7d
 @patch
 def __getitem__(self:Rows,
     key:tuple, # (step, i), and perhaps the names
@@ -133,7 +133,7 @@ def row(self:Rows,
     j:int, # number of the row
 ): # what it is
     "Read a row, seeded where that may draw."
-    if not self.plain: seed_all(self.seed, epoch, j, 0, 0)      # five numbers: no other use of seed_all has as many
+    if not self.plain: seed_all(self.seed, epoch, j, 0, 0)     # five numbers: no other use has as many
     return self.rows[j]
 
 # %% ../nbs/06e_loaders.ipynb #74cb86b9
@@ -169,17 +169,17 @@ def once(self:Rows,
     "What falls to one process in one pass over all rows."
     for step in self.read(0, self.steps_per_epoch, rank, processes): yield from (batch for _, batch in step)
 
-# %% ../nbs/06e_loaders.ipynb #5a87ba26
+# %% ../nbs/06e_loaders.ipynb #3038f5c0
 def _length(source):
     "None where nobody can tell: a DataLoader over an iterable has len, which raises"
     try: return len(source)
     except TypeError: return None
 
 class Stream:
-    """Micro-batches from an iterable, in its order: dict batches, or rows to be collated. It is read from its start in
-    each epoch, seeded by (seed, epoch), and before each micro-batch by (seed, epoch, its number), so a shuffling
-    DataLoader is reproducible, too; going on after a restart reads and drops what was used. `set_epoch` is called where
-    there is one."""
+    """Micro-batches from an iterable, in its order: dict batches, or rows to be collated. It is read from its start
+    in each epoch, seeded by (seed, epoch), and before each micro-batch by (seed, epoch, its number), so a shuffling
+    DataLoader is reproducible, too; going on after a restart reads and drops what was used. `set_epoch` is called
+    where there is one."""
     def __init__(self,
         source, # an iterable that can be read again
         collate_fn:Callable|None, # list of rows -> dict batch; None: the iterable gives batches
@@ -195,7 +195,8 @@ class Stream:
     def epoch(self, n:int # from 0
     )->Iterator[dict]: # micro-batches
         "One pass."
-        for x in (self.source, *(getattr(self.source, k, None) for k in ('sampler', 'batch_sampler', 'dataset'))):
+        parts = (getattr(self.source, k, None) for k in ('sampler', 'batch_sampler', 'dataset'))
+        for x in (self.source, *parts):
             if hasattr(x, 'set_epoch'): x.set_epoch(n)
         seed_all(self.seed, n)
         items = iter(self.source)
@@ -215,12 +216,12 @@ class Stream:
         "As in Rows."
         for step in self.one_pass(0): yield from (batch for _, batch in step[rank::processes])
 
-# %% ../nbs/06e_loaders.ipynb #c3b24e69
+# %% ../nbs/06e_loaders.ipynb #a9e76b8f
 @patch
 def one_pass(self:Stream,
     n:int, # which epoch, from 0
 )->Iterator[list]: # for each step per_step pairs (name, batch), (nothing, None) where the last step is short
-    "The steps of an epoch. LmnotesError where the iterable gives nothing, LmnotesTypeError where it gives no batches."
+    "The steps of an epoch. LmnotesError where the iterable gives nothing, or what is no batch."
     batches, done = self.epoch(n), 0
     while step := list(islice(batches, self.per_step)):
         names = [f'batch {done + i} of epoch {n}' for i in range(len(step))]
@@ -251,12 +252,12 @@ def by_length(
         return torch.cat([batches[i] for i in row_order(len(batches), mix(seed, 1), epoch)] + short)
     return order
 
-# %% ../nbs/06e_loaders.ipynb #dd54a70e
+# %% ../nbs/06e_loaders.ipynb #0f2c9707
 def _feed(h, x):
     "Hash plain values, arrays and containers of them by content"
     if isinstance(x, Tensor):
         h.update(f'{x.dtype}{tuple(x.shape)}'.encode())
-        x = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()      # its bytes, whatever its dtype
+        x = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()     # bytes, whatever the dtype
     if isinstance(x, np.ndarray) and x.dtype != object:
         h.update(f'{x.dtype}{x.shape}'.encode()); h.update(np.ascontiguousarray(x))
     elif isinstance(x, Mapping): _feed(h, [v for item in x.items() for v in item])
@@ -271,7 +272,7 @@ def fingerprint(
     rows, # with a length and an index
     most:int=10_000, # rows that are read where there are more: evenly spaced ones
 )->str: # 32 hexadecimal digits
-    "A hash of the rows' content and number. Arrays and tensors are hashed whole; of other data at most so many rows."
+    "A hash of the rows' content and number. Arrays and tensors are hashed whole, of other data `most` rows."
     h = hashlib.blake2b(f'{len(rows)}'.encode(), digest_size=16)
     if isinstance(rows, (Tensor, np.ndarray)): _feed(h, rows)
     else:

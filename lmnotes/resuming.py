@@ -16,15 +16,15 @@ from .checkpoints import (CheckpointError, checkpoints, load_checkpoint, lock, p
 from .distributed import load_optimizer, load_whole, optimizer_tensors, state_of, total, whole_state
 from .loaders import Rows, fingerprint
 
-# %% ../nbs/06m_resuming.ipynb #93771f4e
-_apart = 'params lr initial_lr foreach fused capturable differentiable'.split()        # kept elsewhere, or means to an end
+# %% ../nbs/06m_resuming.ipynb #5a24afef
+_apart = 'params lr initial_lr foreach fused capturable differentiable'.split()    # kept elsewhere, or but a means
 
 def _hyperparameters(opt, base, lr):
     "An optimizer as JSON: its kind, and of each group what is set, its rate as a share of the learner's"
     plain = (int, float, str, tuple, type(None))
     kept = lambda g: {k: v for k, v in g.items() if k not in _apart and isinstance(v, plain)}
-    groups = zip(opt.param_groups, base)
-    return [type(opt).__name__, *(kept(g) | dict(rate=round(b / lr, 9), tensors=len(g['params'])) for g, b in groups)]
+    more = [dict(rate=round(b / lr, 9), tensors=len(g['params'])) for g, b in zip(opt.param_groups, base)]
+    return [type(opt).__name__, *(kept(g) | m for g, m in zip(opt.param_groups, more))]
 
 def _stateful(learn):
     "Callbacks that travel in checkpoints, by a name of their own"
@@ -39,10 +39,11 @@ def run_settings(
     "What a run depends on, beside the model: a checkpoint goes on only where all of it is equal."
     if learn.kept_settings is None:
         rows = isinstance(learn.source, Rows)
-        data = dict(rows=len(learn.train), data=fingerprint(learn.train),
-                    order=hashlib.sha256(learn.source.epoch(0).numpy().tobytes()).hexdigest()[:16]) if rows else {}
+        order = hashlib.sha256(learn.source.epoch(0).numpy().tobytes()).hexdigest()[:16] if rows else None
+        data = dict(rows=len(learn.train), data=fingerprint(learn.train), order=order) if rows else {}
         same = ('batch_size', 'accumulate', 'processes', 'seed', 'lr', 'clip', 'precision')
-        rest = dict(loss=getattr(learn.loss, '__qualname__', type(learn.loss).__name__), callbacks=list(_stateful(learn)),
+        loss = getattr(learn.loss, '__qualname__', type(learn.loss).__name__)
+        rest = dict(loss=loss, callbacks=list(_stateful(learn)),
                     optimizer=[_hyperparameters(o, base, learn.lr) for o, base in zip(learn.opts, learn.base)])
         nothing = dict(rows=None, data=None, order=None)
         learn.kept_settings = nothing | data | {k: getattr(learn, k) for k in same} | rest
@@ -55,7 +56,7 @@ def alone(
     "No other process writes to out_dir inside. CheckpointError says who holds it."
     return lock(learn.out_dir) if learn.out_dir and learn.main else nullcontext()
 
-# %% ../nbs/06m_resuming.ipynb #11115264
+# %% ../nbs/06m_resuming.ipynb #dea17f09
 def _write(learn, folder, tensors, state):
     "Save, unless it is there; a damaged one is put aside. Then remove what is not to be kept"
     if folder.exists():
@@ -68,14 +69,15 @@ def _write(learn, folder, tensors, state):
 def save_run(
     learn, # a Learner that has run
 )->Path: # the folder; a good one that is there already is kept
-    """Write model, optimizers, callbacks and progress to out_dir/step-NNNNNN. With several processes all call it;
-    whole tensors are gathered one after the other in the first, which writes. OSError names the file; older
+    """Write model, optimizers, callbacks and progress to out_dir/step-NNNNNN. With several processes all call
+    it; whole tensors are gathered one after the other in the first, which writes. OSError names the file; older
     checkpoints are intact then."""
     require(learn.out_dir, 'out_dir', learn.out_dir, 'a folder, given to the Learner')
     folder, cbs = learn.out_dir/f'step-{learn.step:06d}', _stateful(learn)
     tensors = {'model': whole_state(learn.model), 'optimizer': optimizer_tensors(learn.opts)}
     tensors |= {name: found for name, cb in cbs.items() if (found := getattr(cb, 'tensors', dict)())}
-    state = {k: getattr(learn, k) for k in ('step', 'total', 'tokens', 'seconds', 'best_step', 'history')} | dict(
+    plain = ('step', 'total', 'tokens', 'seconds', 'best_step', 'history')
+    state = {k: getattr(learn, k) for k in plain} | dict(
         stopped=learn.stop, parts=learn.parts.n, scaler=learn.scaler and learn.scaler.state_dict(),
         callbacks={name: getattr(cb, 'state_dict', dict)() for name, cb in cbs.items()},
         settings=run_settings(learn, learn.total))
@@ -88,7 +90,7 @@ def save_run(
     if failed: raise LmnotesError(f'{folder}: the first process could not write this checkpoint')
     return folder
 
-# %% ../nbs/06m_resuming.ipynb #152ee81c
+# %% ../nbs/06m_resuming.ipynb #e29eb15e
 _state = 'step total tokens seconds best_step history stopped parts scaler callbacks settings'.split()
 
 def _where(was, now):
@@ -107,19 +109,20 @@ def _differences(learn, tensors, state, allow_change):
     require(not unknown, 'allow_change', unknown, f'names among {", ".join(mine)}')
     differ = [k for k in mine if theirs.get(k) != mine[k] and k not in allow_change]
     found = ['{} was {}, now {}'.format(k, *_where(theirs.get(k), mine[k])) for k in differ]
-    was, now = ({n: list(t.shape) for n, t in named.items()} for named in (tensors['model'], state_of(learn.model)))
+    shapes = lambda named: {n: list(t.shape) for n, t in named.items()}
+    was, now = shapes(tensors['model']), shapes(state_of(learn.model))
     wrong = [n for n in {**now, **was} if was.get(n) != now.get(n)]
     found += [f'{n} was {was.get(n, "missing")}, now {now.get(n, "missing")}' for n in wrong[:8]]
     return found + [f'and {len(wrong) - 8} tensors more'] * (len(wrong) > 8)
 
-# %% ../nbs/06m_resuming.ipynb #76c6fe3e
+# %% ../nbs/06m_resuming.ipynb #20237c7c
 def load_run(
     learn, # a Learner, changed in place
     folder, # a checkpoint
     allow_change=(), # settings that may differ
 ):
-    """Go back to a checkpoint's state. CheckpointError where a file is damaged or missing, LmnotesError where the run's
-    settings or the model differ, each named with both values."""
+    """Go back to a checkpoint's state. CheckpointError where a file is damaged or missing, LmnotesError where the
+    run's settings or the model differ, each named with both values."""
     tensors, state = load_checkpoint(folder)
     missing = [n for n in ('model', 'optimizer') if n not in tensors] + [n for n in _state if n not in state]
     if missing: raise CheckpointError(f'{folder}: no {missing[0]} in it; this is no checkpoint of a Learner')
@@ -137,25 +140,25 @@ def load_run(
     if learn.total not in (None, state['total']) and learn.step < learn.total and learn.main:
         print(f'the schedule was laid out for {state["total"]} steps and goes on as one of {learn.total}')
 
-# %% ../nbs/06m_resuming.ipynb #4378e120
+# %% ../nbs/06m_resuming.ipynb #45819fc6
 def go_on(
     learn, # a Learner, its total set
     resume:bool|str|Path, # True: from the newest checkpoint in out_dir, if there is one; or the folder of one
     allow_change=(), # settings that may differ
 ):
-    """Clear away what a killed save has left, look for checkpoints and load one. LmnotesError where there are some, and
-    resume is False."""
+    """Clear away what a killed save has left, look for checkpoints and load one. LmnotesError where there are some,
+    and resume is False."""
     if learn.main and learn.out_dir: sweep(learn.out_dir)
     learn.accelerator.wait_for_everyone()
     found = checkpoints(learn.out_dir) if learn.out_dir else []
-    require(learn.out_dir or not resume, 'resume', resume, 'False without an out_dir, where checkpoints would be')
+    require(learn.out_dir or not resume, 'resume', resume, 'False without an out_dir')
     new = f'a folder without checkpoints (it holds {len(found)}), or resume=True to go on from them'
     require(resume or not found, 'out_dir', str(learn.out_dir), new)
     if isinstance(resume, (str, Path)):
         load_run(learn, Path(resume).expanduser(), allow_change)
-        for later in found if learn.main else ():             # of the run as it went before: kept, out of the way
+        for later in found if learn.main else ():            # of the run as it went before: out of the way
             if int(later.name[5:]) <= learn.step: continue
             later.rename(later.with_name(f'aside-{later.name}-{time.time_ns()}'))
         learn.accelerator.wait_for_everyone()
     elif resume and found: load_run(learn, found[-1], allow_change)
-    if learn.out_dir: run_settings(learn, learn.total)       # read the data now: trouble comes before the first step
+    if learn.out_dir: run_settings(learn, learn.total)      # reads the data: trouble comes before the first step

@@ -69,11 +69,11 @@ def _is_language_model(model):
     other = getattr(config, 'head', 'lm') != 'lm' or name.endswith(('Classification', 'Answering', 'Choice'))
     return not other and (hasattr(config, 'kind') or hasattr(model, 'get_output_embeddings'))
 
-# %% ../nbs/06l_scoring.ipynb #5ad80ff8
+# %% ../nbs/06l_scoring.ipynb #7c8b388c
 def token_loss(
     model:nn.Module, # ours or transformers', a language model or one with another head
     batch:Mapping, # input_ids (B,T), labels and what else the model takes
-)->tuple[Tensor|float, int]: # sum over the scored labels, in nats for a language model, with its graph; their number
+)->tuple[Tensor|float, int]: # sum over the scored labels (a language model's in nats), with its graph; their number
     """The sum in equation (6l.1) and its count. Logits are not made where the model allows it. A head that is no
     language model's is asked for its loss, a mean, times its labels. Nothing scored gives (0, 0). LmnotesError names
     what the batch lacks."""
@@ -84,7 +84,7 @@ def token_loss(
     allowed = f'ids: a {kind} model does not predict its input_ids'
     require(kind == 'causal' or labels is not None, 'labels', None, allowed)
     if batch.keys() <= {'input_ids', 'labels'}: inputs = dict(batch)
-    else: inputs = model_inputs(inner, {'labels': batch.get('input_ids')} | dict(batch) if labels is None else batch)
+    else: inputs = model_inputs(inner, batch if labels is not None else {**batch, 'labels': batch.get('input_ids')})
     targets = causal_targets(inputs) if kind == 'causal' else labels
     inputs.pop('labels', None)
     if (n := int((targets != -100).sum())) == 0: return 0., 0
@@ -96,7 +96,7 @@ def token_loss(
     logits, targets = _wide(out.logits).flatten(0, -2), targets.flatten().to(out.logits.device)
     return F.cross_entropy(logits, targets, reduction='sum'), n
 
-# %% ../nbs/06l_scoring.ipynb #535f2da0
+# %% ../nbs/06l_scoring.ipynb #79811fc1
 class Scored(nn.Module):
     "A model and its loss as one module, so that what wraps it (several processes, shards) sees all of it."
     def __init__(self,
@@ -109,7 +109,7 @@ class Scored(nn.Module):
     def forward(self,
         batch:Mapping|None, # None: nothing to score, yet a gradient of zeros
     )->tuple[Tensor, float]: # sum over the scored tokens, with its graph; their number
-        "The sum has a graph to every parameter that is trained, also where it is 0: other processes may wait for it."
+        "The sum has a graph to every parameter that is trained, even where it is 0: others may wait for it."
         found = (0., 0) if batch is None else self.loss(self.model, batch)
         ok = isinstance(found, tuple) and len(found) == 2
         require(ok, 'loss', type(found).__name__, 'a function that returns (sum, count)', LmnotesTypeError)
@@ -119,7 +119,8 @@ class Scored(nn.Module):
 
     def _nothing(self):
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        if not any(hasattr(p, 'full_tensor') for p in trained): return sum((p * 0).sum().float() for p in trained)
+        whole = not any(hasattr(p, 'full_tensor') for p in trained)
+        if whole: return sum((p * 0).sum().float() for p in trained)
         # parameters cut among processes come together layer by layer, in all at once: run too, and count nothing
         ids = torch.zeros(1, 2, dtype=torch.long, device=trained[0].device)
         return self.loss(self.model, self.last or dict(input_ids=ids, labels=ids))[0] * 0
