@@ -90,7 +90,7 @@ def save_run(
     if failed: raise LmnotesError(f'{folder}: the first process could not write this checkpoint')
     return folder
 
-# %% ../nbs/06m_resuming.ipynb #e29eb15e
+# %% ../nbs/06m_resuming.ipynb #d7f88a00
 _state = 'step total tokens seconds best_step history stopped parts scaler callbacks settings'.split()
 
 def _where(was, now):
@@ -102,12 +102,16 @@ def _where(was, now):
     if not nested or len(was) != len(now): return was, now
     return tuple(map(list, zip(*(_where(a, b) for a, b in zip(was, now) if a != b))))
 
+def _kinds(settings): return [kind for kind, *_ in settings.get('optimizer', [])]
+
 def _differences(learn, tensors, state, allow_change):
     "Settings and shapes of tensors that are not the checkpoint's, each with both values"
     theirs, mine = state['settings'], json.loads(json.dumps(run_settings(learn, state['total'])))
     unknown = sorted(set([allow_change] if isinstance(allow_change, str) else allow_change) - mine.keys())
     require(not unknown, 'allow_change', unknown, f'names among {", ".join(mine)}')
     differ = [k for k in mine if theirs.get(k) != mine[k] and k not in allow_change]
+    if 'optimizer' in differ and _kinds(theirs) != _kinds(mine):
+        theirs, mine = theirs | dict(optimizer=_kinds(theirs)), mine | dict(optimizer=_kinds(mine))
     found = ['{} was {}, now {}'.format(k, *_where(theirs.get(k), mine[k])) for k in differ]
     shapes = lambda named: {n: list(t.shape) for n, t in named.items()}
     was, now = shapes(tensors['model']), shapes(state_of(learn.model))
@@ -115,14 +119,15 @@ def _differences(learn, tensors, state, allow_change):
     found += [f'{n} was {was.get(n, "missing")}, now {now.get(n, "missing")}' for n in wrong[:8]]
     return found + [f'and {len(wrong) - 8} tensors more'] * (len(wrong) > 8)
 
-# %% ../nbs/06m_resuming.ipynb #20237c7c
+# %% ../nbs/06m_resuming.ipynb #a0572905
 def load_run(
     learn, # a Learner, changed in place
     folder, # a checkpoint
     allow_change=(), # settings that may differ
 ):
     """Go back to a checkpoint's state. CheckpointError where a file is damaged or missing, LmnotesError where the
-    run's settings or the model differ, each named with both values."""
+    run's settings or the model differ, each named with both values. Optimizers of another kind start without
+    memory."""
     tensors, state = load_checkpoint(folder)
     missing = [n for n in ('model', 'optimizer') if n not in tensors] + [n for n in _state if n not in state]
     if missing: raise CheckpointError(f'{folder}: no {missing[0]} in it; this is no checkpoint of a Learner')
@@ -130,7 +135,8 @@ def load_run(
     allowed = f'a checkpoint of the same run: {differ}. Settings that may change are named in allow_change'
     require(not differ, 'folder', str(folder), allowed)
     load_whole(learn.model, tensors['model'])
-    load_optimizer(learn.opts, tensors['optimizer'])
+    same = _kinds(state['settings']) == [type(o).__name__ for o in learn.opts]
+    if same: load_optimizer(learn.opts, tensors['optimizer'])
     if learn.scaler and state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     for name, cb in _stateful(learn).items():
         known = name in state['callbacks'] and hasattr(cb, 'load_state_dict')
