@@ -7,19 +7,21 @@ __all__ = ['Learner', 'interrupt_later', 'ActivationStats', 'EMA', 'GradientStat
            'Validate', 'adafactor', 'adamw', 'by_length', 'constant', 'cosine', 'in_order', 'inverse_sqrt', 'linear',
            'muon', 'row_order', 'sgd', 'split_parameters', 'token_loss', 'warmup_decay']
 
-# %% ../nbs/06_training.ipynb #567cf980
-import math, signal, time
-from collections.abc import Callable, Mapping
+# %% ../nbs/06_training.ipynb #3fbcd048
+import math, os, signal, time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
-import torch
+import numpy as np, torch
 from fastcore.basics import patch, store_attr
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from .core import LmnotesError, LmnotesTypeError, require
 from .lm import Perplexity, evaluating
 from .batches import collate
 from .diagnosis import ActivationStats, GradientStats, first_bad_module
-from .distributed import setup, sync_only_last, total, with_whole, wrap
+from .distributed import full, setup, sync_only_last, total, with_whole, wrap
 from .callbacks import EMA, LiveCurve, Progress, Validate
 from .loaders import Rows, Stream, by_length, in_order, kept_randomness, row_order, seed_all
 from .optimizers import (adafactor, adamw, constant, cosine, gradient_norm, inverse_sqrt, linear, muon, scale_gradients, sgd,
@@ -73,7 +75,7 @@ class Learner:
         self.source = self._source(train, accumulate * self.processes, order)
         self._prepare()
 
-# %% ../nbs/06_training.ipynb #0dcd2bda
+# %% ../nbs/06_training.ipynb #c62649e0
 @patch
 def _prepare(self:Learner):
     "Precision and place of the model, what wraps it, its optimizers, the counters"
@@ -86,36 +88,51 @@ def _prepare(self:Learner):
     self.loss = self.loss or token_loss
     self.scored = Scored(model, self.loss)
     self.wrapped, self.shard = wrap(self.scored, self.accelerator, self.shard), self.shard and self.processes > 1
-    self.params = [p for p in model.parameters() if p.requires_grad]
-    require(self.params, 'model', type(model).__name__, 'one with a parameter that requires a gradient')
-    self.opts = self.opt(model, self.lr)
-    self.base = [[g['lr'] for g in o.param_groups] for o in self.opts]
-    self.cbs = list(self.cbs) if any(isinstance(cb, Meter) for cb in self.cbs) else [Meter(), *self.cbs]
-    self.out_dir = self.out_dir and Path(self.out_dir).expanduser()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    require(trained, 'model', type(model).__name__, 'one with a parameter that requires a gradient')
+    found = self.opt(model, self.lr)
+    self.opts = [found] if isinstance(found, torch.optim.Optimizer) else list(found) if isinstance(found, Iterable) else []
+    fine = self.opts and all(isinstance(o, torch.optim.Optimizer) for o in self.opts)
+    require(fine, 'opt', found, 'a function (model, lr) -> list of torch optimizers, such as adamw')
+    self.base = [[float(g['lr']) for g in o.param_groups] for o in self.opts]
+    self.params = list({id(p): p for p in trained + [p for o in self.opts for g in o.param_groups for p in g['params']]}.values())
+    if not any(isinstance(cb, Meter) for cb in self.cbs): self.cbs = [Meter(), *self.cbs]
+    self.out_dir = self.out_dir and Path(self.out_dir).expanduser().absolute()
     self.step, self.tokens, self.seconds, self.history = 0, 0, 0., []
-    self.total, self.norm, self.best_step, self.stop = None, None, None, False         # what callbacks read and set
+    self.total, self.norm, self.best_step, self.stop, self.whole = None, None, None, False, False     # whole: no error, so far as it went
     self.parts, self._signal, self._asked, self._late, self.kept_settings = Parts(), 0, False, False, None
 
-# %% ../nbs/06_training.ipynb #3397c1b9
+# %% ../nbs/06_training.ipynb #0011dca9
 @patch
 def _check(self:Learner):
     "Refuse what cannot be, by name, before anything is done"
     require(isinstance(self.model, nn.Module), 'model', type(self.model).__name__, 'an nn.Module', LmnotesTypeError)
     for name, least in dict(batch_size=1, accumulate=1, save_every=1, keep=1, num_workers=0, seed=0).items():
         value, optional = getattr(self, name), name in ('save_every', 'keep')
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
         require(whole or optional and value is None, name, value, f'a whole number of {least} or more')
     for name in ('save_minutes', 'clip', 'lr'):
         value, optional = getattr(self, name), name != 'lr'
         fine = isinstance(value, (int, float)) and 0 < value < math.inf
         require(fine or optional and value is None, name, value, 'a number above 0')
+    for name in ('opt', 'schedule', 'order', 'loss', 'collate_fn'):
+        value, optional = getattr(self, name), name in ('loss', 'collate_fn')
+        require(callable(value) or optional and value is None, name, value, 'a function', LmnotesTypeError)
+    require(isinstance(self.cbs, Iterable), 'cbs', type(self.cbs).__name__, 'a list of callbacks', LmnotesTypeError)
+    self.cbs = list(self.cbs)
+    for cb in self.cbs: require(not isinstance(cb, type), 'cbs', cb, f'objects, not classes: {cb}()', LmnotesTypeError)
+    require(self.out_dir is None or isinstance(self.out_dir, (str, os.PathLike)), 'out_dir', self.out_dir, 'a folder', LmnotesTypeError)
     require(not (self.compile and self.shard), 'compile', self.compile, 'False where shard=True')
 
+# %% ../nbs/06_training.ipynb #c0b44be3
 @patch
-def _source(self:Learner, data, per_step, order):
+def _source(self:Learner, data, per_step, order, name='train'):
     "Rows or Stream, by what the data is"
-    require(data is not None and not isinstance(data, Mapping), 'train', type(data).__name__, 'rows or batches; of a DatasetDict, one split')
-    rows, collate_fn = hasattr(data, '__getitem__') and hasattr(data, '__len__'), self.collate_fn
+    fine = (isinstance(data, Iterable) or hasattr(data, '__getitem__')) and not isinstance(data, (Mapping, str, bytes))
+    require(fine, name, type(data).__name__, 'rows or batches; of a DatasetDict, one split', LmnotesTypeError)
+    require(not hasattr(data, '__len__') or len(data) > 0, f'len({name})', 0, '1 or more')
+    rows = hasattr(data, '__getitem__') and hasattr(data, '__len__') and not isinstance(data, IterableDataset)
+    collate_fn = self.collate_fn
     if rows and collate_fn is None and len(data):
         with kept_randomness(): first = data[0]
         ids = first.get('input_ids') if isinstance(first, Mapping) else first
@@ -128,13 +145,14 @@ def _source(self:Learner, data, per_step, order):
 def _pad(self:Learner, rows):
     config = getattr(self.model, 'config', None)
     ids = (getattr(config, k, None) for k in ('pad_token_id', 'pad_id', 'eos_token_id', 'eos_id'))
+    rows = [{k: np.asarray(v) for k, v in r.items()} if isinstance(r, Mapping) else r for r in rows]
     return collate(rows, pad_id=next((i for i in ids if isinstance(i, int) and i >= 0), 0))
 
-# %% ../nbs/06_training.ipynb #ece5c20f
+# %% ../nbs/06_training.ipynb #cdb6eb37
 @patch
 def gradients(self:Learner,
     micro:list, # (names, batch) of each micro-batch of this process; batch None where it has none
-)->tuple[float, int, float]: # mean loss and count of the step, over all processes; norm of the mean's gradient
+)->tuple[float, float, float]: # mean loss and count of the step, over all processes; norm of the mean's gradient
     "Gradients of the step's summed loss, in p.grad, divisor times those of the mean: equation (6.2)."
     for p in self.params: p.grad = None
     scale, sums, n = self.scaler.scale if self.scaler else 1., [], 0
@@ -144,14 +162,14 @@ def gradients(self:Learner,
         with sync_only_last(self.wrapped, i == len(parts) - 1):
             with self.autocast(): s, count = self.wrapped(self._on_device(batch))
             (s * scale if self.scaler else s).backward()
-        sums, n = sums + [s.detach()], n + int(count)
+        sums, n = sums + [s.detach()], n + float(count)
     self.call('after_backward')
     *sums, norm = torch.stack([*sums, gradient_norm(self.params)]).tolist()
     loss, n, self._asked, self._late = total(self.accelerator, sum(sums), n, bool(self._signal), self._minutes_over())
-    if n == 0: raise LmnotesError(f'labels: nothing is scored in step {self.step}, {_names(micro)}: '
+    if not n > 0: raise LmnotesError(f'labels: nothing is scored in step {self.step}, {_names(micro)}: '
                                   'each label is -100, or the first of its text')
     self.divisor = scale * n / self.processes
-    return loss / n, int(n), norm / self.divisor
+    return loss / n, int(n) if n.is_integer() else n, norm / self.divisor
 
 # %% ../nbs/06_training.ipynb #2d5f2735
 @patch
@@ -162,13 +180,14 @@ def _names(micro):
     "Which rows a step has, for an error"
     return '; '.join(f'rows {", ".join(map(str, n[:32]))}{", …" * (len(n) > 32)}' for n, batch in micro if batch)
 
-# %% ../nbs/06_training.ipynb #5e45a772
+# %% ../nbs/06_training.ipynb #d7e8cb3b
 @patch
 def one_step(self:Learner,
     micro:list, # as for gradients
 ):
     "One update, equations (6.1) to (6.3): again with a smaller scale where fp16 overflows, in parts where memory runs out."
-    start, done = time.perf_counter(), False
+    done = False
+    if any(hasattr(cb, 'before_step') for cb in self.cbs): seed_all(self.seed, self.step, -1, self.rank)
     self.call('before_step')
     while not done:
         problem = None
@@ -177,13 +196,14 @@ def one_step(self:Learner,
         if problem: self.parts.double([b for _, b in micro if b], problem, f'step {self.step}')
         elif not math.isfinite(loss) or not self.scaler and not math.isfinite(norm): self._not_finite(micro, loss, norm)
         else: done = not self.scaler or self.scaler.update(math.isfinite(norm))
-    self.norm, factor = norm, self.schedule(self.step, self.total)
+    self.norm, factor = norm, float(self.schedule(self.step, self.total))
+    require(math.isfinite(factor), f'schedule({self.step}, {self.total})', factor, 'a finite number')
     scale_gradients(self.params, min(1., (self.clip or math.inf) / (norm + 1e-6)) / self.divisor)
     self.call('before_update')
     for o, base in zip(self.opts, self.base):
         for group, lr in zip(o.param_groups, base): group['lr'] = lr * factor
         o.step()
-    self.step, self.tokens, self.seconds = self.step + 1, self.tokens + n, self.seconds + time.perf_counter() - start
+    self.step, self.tokens, self.seconds = self.step + 1, self.tokens + n, self.seconds + time.perf_counter() - self._clock
     self.history.append(dict(step=self.step, loss=loss, norm=norm, lr=self.lr * factor, tokens=self.tokens, seconds=self.seconds))
 
 # %% ../nbs/06_training.ipynb #af4a5342
@@ -202,7 +222,7 @@ def _not_finite(self:Learner, micro, loss, norm):
                        f'last finite loss was {last}. No weight was changed. A smaller lr than {self.lr}, a longer warmup or '
                        'cleaner data may help')
 
-# %% ../nbs/06_training.ipynb #d3fda7d5
+# %% ../nbs/06_training.ipynb #4c745d55
 @patch
 def fit(self:Learner,
     steps:int|None=None, # steps of the whole run
@@ -215,24 +235,28 @@ def fit(self:Learner,
     run after the step under way, with a checkpoint where there is an out_dir."""
     steps = self._steps(steps, epochs)
     with kept_randomness(), alone(self), interrupt_later(self):
-        self.total, self.stop, self._asked, self._saved_at = steps, False, False, time.monotonic()
+        self.total, self.stop, self.whole, self._asked, self._saved_at = steps, False, False, False, time.monotonic()
         go_on(self, resume, allow_change)
         pin = self.device.type == 'cuda'
         micros = self.source.read(self.step, steps, self.rank, self.processes, self.num_workers, pin)
         try:
+            seed_all(self.seed, self.step, -2, self.rank)
             self.model.train(); self.call('before_fit')
             while self.step < steps and not self.stop and not self._asked:
+                self._clock = time.perf_counter()            # reading the rows belongs to a step's time
                 self.one_step(next(micros))
                 self.call('after_step')
                 if self.processes == 1: self._asked = bool(self._signal)
                 if self._due(): self.checkpoint()
+            self._check_weights()
+            self.whole = True
         finally:
             for p in self.params: p.grad = None
             self.call('after_fit'); self.model.eval()
-    if self._asked: self._say_interrupted()
+    if self._asked or self._signal: self._say_interrupted()
     return self
 
-# %% ../nbs/06_training.ipynb #1ebd16c1
+# %% ../nbs/06_training.ipynb #db505b41
 @patch
 def call(self:Learner, event:str # name of a method
     ):
@@ -259,11 +283,11 @@ def _steps(self:Learner, steps, epochs):
         each = self.source.steps_per_epoch
         require(each is not None, 'epochs', epochs, 'left out for an iterable without a length: give steps')
         steps = max(1, round(epochs * each))
-    fine = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+    fine = isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1
     require(fine, 'steps', steps, 'a whole number of 1 or more')
-    return steps
+    return int(steps)
 
-# %% ../nbs/06_training.ipynb #a7c6114a
+# %% ../nbs/06_training.ipynb #c0b28ec4
 @contextmanager
 def interrupt_later(
     learn, # its ._signal becomes the number of the signal
@@ -281,20 +305,22 @@ def interrupt_later(
 
 @patch
 def _say_interrupted(self:Learner):
+    done = self.stop or self.step >= self.total
     kept = f'; fit(steps={self.total}, resume=True) goes on' if self.out_dir else ''
-    if self.main: print(f'interrupted after step {self.step}{kept}')
+    if self.main and not done: print(f'interrupted after step {self.step}{kept}')
     if self._signal == signal.SIGTERM: raise SystemExit(128 + signal.SIGTERM)
+    if done: raise KeyboardInterrupt                          # it came when there was nothing left to put off
 
-# %% ../nbs/06_training.ipynb #65b08018
+# %% ../nbs/06_training.ipynb #5cf2502b
 @patch
 def validate(self:Learner, rows=None, # rows or batches to score; valid by default
 )->Perplexity: # over all scored tokens of all processes; sums are kept, never logits
     "Score data with dropout off, in its order. The mode of every module and all random states come back as they were."
     data = self.valid if rows is None else rows
-    require(data is not None and (not hasattr(data, '__len__') or len(data) > 0), 'valid', data, 'rows or batches to validate on')
-    source, found = self._source(data, self.processes, in_order), []
+    source, found = self._source(data, self.processes, in_order, 'valid'), []
     with kept_randomness(), evaluating(self.model):
         for batch in source.once(self.rank, self.processes): found += self._score(batch)
+    require(found, 'valid', type(data).__name__, 'something to validate on')
     sums = torch.stack([s for s, _ in found]).tolist()
     loss, n = total(self.accelerator, sum(sums), sum(n for _, n in found))
     require(n > 0, 'valid', f'{n:.0f} scored labels', 'data with at least one label that is not -100')
@@ -310,7 +336,7 @@ def _score(self:Learner, batch):
         except Exception as e: problem = self.parts.give_way(e, self.params)
         self.parts.double([batch], problem, 'validation')
 
-# %% ../nbs/06_training.ipynb #8f23a695
+# %% ../nbs/06_training.ipynb #8297930a
 @patch
 def _minutes_over(self:Learner):
     return bool(self.main and self.save_minutes and time.monotonic() - self._saved_at > 60 * self.save_minutes)
@@ -322,8 +348,17 @@ def _due(self:Learner):
     return self.out_dir and (self.step == self.total or self.stop or self._asked or self._late or at)
 
 @patch
+def _check_weights(self:Learner):
+    "No NaN is saved over good weights, or handed out as a result"
+    norms = full(torch.stack(torch._foreach_norm([p.detach() for p in self.params])))
+    if not norms.isfinite().all(): raise LmnotesError(f'the weights are not finite after step {self.step}, whose loss was finite: the update '
+        f'made them so. They are not saved. A smaller lr than {self.lr} may help')
+
+@patch
 def checkpoint(self:Learner)->Path: # the folder; a good one that is there already is kept
-    "Write model, optimizers, callbacks and progress to out_dir/step-NNNNNN. With several processes all call it."
+    """Write model, optimizers, callbacks and progress to out_dir/step-NNNNNN. With several processes all call it. LmnotesError
+    where a weight is not finite."""
+    self._check_weights()
     folder = save_run(self)
     self._saved_at = time.monotonic()
     return folder
