@@ -55,10 +55,10 @@ def copies(named:dict, # name -> tensor
     "Copies of tensors, where those are."
     return {n: t.detach().clone() for n, t in named.items()}
 
-# %% ../nbs/06d_callbacks.ipynb #d5afa574
+# %% ../nbs/06d_callbacks.ipynb #d9da247d
 def ended(learn)->bool:
     "Whether a run is over, by its steps or because a callback stopped it; an interrupt or an error is not the end."
-    return learn.stop or learn.step >= learn.total
+    return getattr(learn, 'whole', True) and (learn.stop or learn.step >= learn.total)
 
 # %% ../nbs/06d_callbacks.ipynb #4b455af5
 class EMA:
@@ -101,7 +101,7 @@ class EMA:
         require(state['decay'] == self.decay, 'decay', self.decay, f"{state['decay']}, as before the run was resumed")
         self.updates, self.loaded, self.aside = state['updates'], tensors, {}
 
-# %% ../nbs/06d_callbacks.ipynb #3b1c5034
+# %% ../nbs/06d_callbacks.ipynb #20baf2c2
 class Validate:
     """A callback: scores the validation rows every so many steps and after the last one, in `losses`. It stops the run
     when nothing improves for `patience` scores in a row, and puts the best weights back at the end."""
@@ -124,6 +124,10 @@ class Validate:
         require(first, 'cbs', '[Validate, EMA]', 'the other way round, so that a step is averaged before it is scored')
         lost = self.restore and self.best_step is not None and learn.out_dir is None and self.kept is None
         require(not lost, 'out_dir', None, f'the folder with the best weights, of step {self.best_step}')
+        folder = learn.out_dir and f'step-{self.best_step or 0:06d}'
+        if self.restore and self.best_step and folder and not (learn.out_dir/folder/'manifest.json').exists():
+            print(f'Validate: {folder}, the best so far, is not in {learn.out_dir.name}: the best is looked for anew')
+            self.best = self.best_step = None
         self.ema = averages[0] if averages else None
         learn.best_step = self.best_step
     def after_step(self, learn):

@@ -252,9 +252,10 @@ def by_length(
         return torch.cat([batches[i] for i in row_order(len(batches), mix(seed, 1), epoch)] + short)
     return order
 
-# %% ../nbs/06e_loaders.ipynb #0f2c9707
+# %% ../nbs/06e_loaders.ipynb #8eb43f7f
 def _feed(h, x):
     "Hash plain values, arrays and containers of them by content"
+    if isinstance(x, np.generic): x = np.asarray(x)
     if isinstance(x, Tensor):
         h.update(f'{x.dtype}{tuple(x.shape)}'.encode())
         x = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()     # bytes, whatever the dtype

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['run_settings', 'alone', 'save_run', 'load_run', 'go_on']
 
-# %% ../nbs/06m_resuming.ipynb #a29ce833
+# %% ../nbs/06m_resuming.ipynb #ad6e286d
 import hashlib, json, time
 from contextlib import nullcontext
 from pathlib import Path
+import torch
 
 from .core import LmnotesError, require
 from .checkpoints import (CheckpointError, checkpoints, load_checkpoint, lock, prune, save_checkpoint, sweep,
@@ -16,7 +17,7 @@ from .checkpoints import (CheckpointError, checkpoints, load_checkpoint, lock, p
 from .distributed import load_optimizer, load_whole, optimizer_tensors, state_of, total, whole_state
 from .loaders import Rows, fingerprint
 
-# %% ../nbs/06m_resuming.ipynb #5a24afef
+# %% ../nbs/06m_resuming.ipynb #d640eeb7
 _apart = 'params lr initial_lr foreach fused capturable differentiable'.split()    # kept elsewhere, or but a means
 
 def _hyperparameters(opt, base, lr):
@@ -25,6 +26,11 @@ def _hyperparameters(opt, base, lr):
     kept = lambda g: {k: v for k, v in g.items() if k not in _apart and isinstance(v, plain)}
     more = [dict(rate=round(b / lr, 9), tensors=len(g['params'])) for g, b in zip(opt.param_groups, base)]
     return [type(opt).__name__, *(kept(g) | m for g, m in zip(opt.param_groups, more))]
+
+def _groups(learn):
+    "What optimizers keep in their groups beside tensors; some count there"
+    plain = (bool, int, float, str, type(None))
+    return [[{k: v for k, v in g.items() if k != 'lr' and isinstance(v, plain)} for g in o.param_groups] for o in learn.opts]
 
 def _stateful(learn):
     "Callbacks that travel in checkpoints, by a name of their own"
@@ -47,7 +53,7 @@ def run_settings(
                     optimizer=[_hyperparameters(o, base, learn.lr) for o, base in zip(learn.opts, learn.base)])
         nothing = dict(rows=None, data=None, order=None)
         learn.kept_settings = nothing | data | {k: getattr(learn, k) for k in same} | rest
-    return learn.kept_settings | dict(schedule=[learn.schedule(steps * i // 4 - (i == 4), steps) for i in range(5)])
+    return learn.kept_settings | dict(schedule=[float(learn.schedule(steps * i // 4 - (i == 4), steps)) for i in range(5)])
 
 # %% ../nbs/06m_resuming.ipynb #b5f0f744
 def alone(
@@ -56,7 +62,7 @@ def alone(
     "No other process writes to out_dir inside. CheckpointError says who holds it."
     return lock(learn.out_dir) if learn.out_dir and learn.main else nullcontext()
 
-# %% ../nbs/06m_resuming.ipynb #dea17f09
+# %% ../nbs/06m_resuming.ipynb #265eaea9
 def _write(learn, folder, tensors, state):
     "Save, unless it is there; a damaged one is put aside. Then remove what is not to be kept"
     if folder.exists():
@@ -76,9 +82,10 @@ def save_run(
     folder, cbs = learn.out_dir/f'step-{learn.step:06d}', _stateful(learn)
     tensors = {'model': whole_state(learn.model), 'optimizer': optimizer_tensors(learn.opts)}
     tensors |= {name: found for name, cb in cbs.items() if (found := getattr(cb, 'tensors', dict)())}
-    plain = ('step', 'total', 'tokens', 'seconds', 'best_step', 'history')
-    state = {k: getattr(learn, k) for k in plain} | dict(
-        stopped=learn.stop, parts=learn.parts.n, scaler=learn.scaler and learn.scaler.state_dict(),
+    history = {k: torch.tensor([h[k] for h in learn.history], dtype=torch.float64) for k in (learn.history or [{}])[0]}
+    if history: tensors['history'] = history                 # a million steps are 48 MB, and exact
+    state = {k: getattr(learn, k) for k in ('step', 'total', 'tokens', 'seconds', 'best_step')} | dict(
+        stopped=learn.stop, groups=_groups(learn), parts=learn.parts.n, scaler=learn.scaler and learn.scaler.state_dict(),
         callbacks={name: getattr(cb, 'state_dict', dict)() for name, cb in cbs.items()},
         settings=run_settings(learn, learn.total))
     problem = None
@@ -90,8 +97,8 @@ def save_run(
     if failed: raise LmnotesError(f'{folder}: the first process could not write this checkpoint')
     return folder
 
-# %% ../nbs/06m_resuming.ipynb #d7f88a00
-_state = 'step total tokens seconds best_step history stopped parts scaler callbacks settings'.split()
+# %% ../nbs/06m_resuming.ipynb #bf7611cc
+_state = 'step total tokens seconds best_step stopped groups parts scaler callbacks settings'.split()
 
 def _where(was, now):
     "Two values of JSON, reduced to the places where they differ"
@@ -107,8 +114,8 @@ def _kinds(settings): return [kind for kind, *_ in settings.get('optimizer', [])
 def _differences(learn, tensors, state, allow_change):
     "Settings and shapes of tensors that are not the checkpoint's, each with both values"
     theirs, mine = state['settings'], json.loads(json.dumps(run_settings(learn, state['total'])))
-    unknown = sorted(set([allow_change] if isinstance(allow_change, str) else allow_change) - mine.keys())
-    require(not unknown, 'allow_change', unknown, f'names among {", ".join(mine)}')
+    unknown = sorted(set([allow_change] if isinstance(allow_change, str) else allow_change) - mine.keys() - {'stop'})
+    require(not unknown, 'allow_change', unknown, f'names among {", ".join(mine)}, stop')
     differ = [k for k in mine if theirs.get(k) != mine[k] and k not in allow_change]
     if 'optimizer' in differ and _kinds(theirs) != _kinds(mine):
         theirs, mine = theirs | dict(optimizer=_kinds(theirs)), mine | dict(optimizer=_kinds(mine))
@@ -119,7 +126,7 @@ def _differences(learn, tensors, state, allow_change):
     found += [f'{n} was {was.get(n, "missing")}, now {now.get(n, "missing")}' for n in wrong[:8]]
     return found + [f'and {len(wrong) - 8} tensors more'] * (len(wrong) > 8)
 
-# %% ../nbs/06m_resuming.ipynb #a0572905
+# %% ../nbs/06m_resuming.ipynb #6c3e8b74
 def load_run(
     learn, # a Learner, changed in place
     folder, # a checkpoint
@@ -137,14 +144,23 @@ def load_run(
     load_whole(learn.model, tensors['model'])
     same = _kinds(state['settings']) == [type(o).__name__ for o in learn.opts]
     if same: load_optimizer(learn.opts, tensors['optimizer'])
+    for o, groups in zip(learn.opts, state['groups']) if same and 'optimizer' not in allow_change else ():
+        for group, kept in zip(o.param_groups, groups): group.update(kept)
     if learn.scaler and state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     for name, cb in _stateful(learn).items():
         known = name in state['callbacks'] and hasattr(cb, 'load_state_dict')
         if known: cb.load_state_dict(state['callbacks'][name], tensors.get(name, {}))
-    for k in ('step', 'tokens', 'seconds', 'best_step', 'history'): setattr(learn, k, state[k])
-    learn.stop, learn.parts.n = state['stopped'], state['parts']
-    if learn.total not in (None, state['total']) and learn.step < learn.total and learn.main:
-        print(f'the schedule was laid out for {state["total"]} steps and goes on as one of {learn.total}')
+    for k in ('step', 'tokens', 'seconds', 'best_step'): setattr(learn, k, state[k])
+    history = {k: t.tolist() for k, t in tensors.get('history', {}).items()}
+    learn.history = [{k: int(x) if k in ('step', 'tokens') and x.is_integer() else x for k, x in zip(history, row)} for row in zip(*history.values())]
+    learn.stop, learn.parts.n = state['stopped'] and 'stop' not in allow_change, state['parts']
+    if learn.main and learn.total is not None: _say(learn, Path(folder).name, state['total'])
+
+def _say(learn, name, laid_out):
+    "What a user may not expect of the run that goes on"
+    if learn.stop and learn.step < learn.total: print(f"{name}: a callback ended this run; allow_change=['stop'] goes on all the same")
+    elif learn.step > learn.total: print(f'{name} is beyond steps={learn.total}: nothing more is done')
+    elif laid_out != learn.total: print(f'the schedule was laid out for {laid_out} steps and goes on as one of {learn.total}')
 
 # %% ../nbs/06m_resuming.ipynb #45819fc6
 def go_on(

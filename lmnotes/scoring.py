@@ -96,7 +96,7 @@ def token_loss(
     logits, targets = _wide(out.logits).flatten(0, -2), targets.flatten().to(out.logits.device)
     return F.cross_entropy(logits, targets, reduction='sum'), n
 
-# %% ../nbs/06l_scoring.ipynb #79811fc1
+# %% ../nbs/06l_scoring.ipynb #9f5a6fd7
 class Scored(nn.Module):
     "A model and its loss as one module, so that what wraps it (several processes, shards) sees all of it."
     def __init__(self,
@@ -114,6 +114,8 @@ class Scored(nn.Module):
         ok = isinstance(found, tuple) and len(found) == 2
         require(ok, 'loss', type(found).__name__, 'a function that returns (sum, count)', LmnotesTypeError)
         if not found[1]: return self._nothing(), 0
+        scalar = isinstance(found[0], Tensor) and found[0].ndim == 0 and (found[0].requires_grad or not torch.is_grad_enabled())
+        require(scalar, 'loss', found[0], 'a function that returns (sum, count): the sum a scalar tensor with a graph to the parameters')
         self.last = batch
         return found
 

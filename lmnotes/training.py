@@ -7,10 +7,11 @@ __all__ = ['Learner', 'interrupt_later', 'ActivationStats', 'EMA', 'GradientStat
            'Validate', 'adafactor', 'adamw', 'by_length', 'constant', 'cosine', 'in_order', 'inverse_sqrt', 'linear',
            'muon', 'row_order', 'sgd', 'split_parameters', 'token_loss', 'warmup_decay']
 
-# %% ../nbs/06_training.ipynb #3fbcd048
+# %% ../nbs/06_training.ipynb #9f27cdc7
 import math, os, signal, time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 import numpy as np, torch
@@ -124,29 +125,34 @@ def _check(self:Learner):
     require(self.out_dir is None or isinstance(self.out_dir, (str, os.PathLike)), 'out_dir', self.out_dir, 'a folder', LmnotesTypeError)
     require(not (self.compile and self.shard), 'compile', self.compile, 'False where shard=True')
 
-# %% ../nbs/06_training.ipynb #c0b44be3
+# %% ../nbs/06_training.ipynb #8ef36c43
 @patch
 def _source(self:Learner, data, per_step, order, name='train'):
     "Rows or Stream, by what the data is"
     fine = (isinstance(data, Iterable) or hasattr(data, '__getitem__')) and not isinstance(data, (Mapping, str, bytes))
     require(fine, name, type(data).__name__, 'rows or batches; of a DatasetDict, one split', LmnotesTypeError)
-    require(not hasattr(data, '__len__') or len(data) > 0, f'len({name})', 0, '1 or more')
-    rows = hasattr(data, '__getitem__') and hasattr(data, '__len__') and not isinstance(data, IterableDataset)
+    require(_length(data) != 0, f'len({name})', 0, '1 or more')
+    rows = hasattr(data, '__getitem__') and _length(data) is not None and not isinstance(data, IterableDataset)
     collate_fn = self.collate_fn
-    if rows and collate_fn is None and len(data):
+    if rows and collate_fn is None:
         with kept_randomness(): first = data[0]
         ids = first.get('input_ids') if isinstance(first, Mapping) else first
-        if ids is not None and getattr(ids, 'ndim', 1) == 1: collate_fn = self._pad
+        if ids is not None and getattr(ids, 'ndim', 1) == 1: collate_fn = partial(_padded, pad_id=_pad_id(getattr(self.model, 'config', None)))
     if rows and collate_fn: return Rows(data, collate_fn, self.batch_size, per_step, self.seed, order)
     require(order in (row_order, in_order), 'order', order, 'left out for an iterable, which has its own order')
     return Stream(data, collate_fn, self.batch_size, per_step, self.seed)
 
-@patch
-def _pad(self:Learner, rows):
-    config = getattr(self.model, 'config', None)
+def _pad_id(config):
     ids = (getattr(config, k, None) for k in ('pad_token_id', 'pad_id', 'eos_token_id', 'eos_id'))
-    rows = [{k: np.asarray(v) for k, v in r.items()} if isinstance(r, Mapping) else r for r in rows]
-    return collate(rows, pad_id=next((i for i in ids if isinstance(i, int) and i >= 0), 0))
+    return next((i for i in ids if isinstance(i, int) and i >= 0), 0)
+
+def _padded(rows, pad_id):
+    return collate([{k: np.asarray(v) for k, v in r.items()} if isinstance(r, Mapping) else r for r in rows], pad_id=pad_id)
+
+def _length(data):
+    "None where there is none; a DataLoader over a stream says so by an error"
+    try: return len(data)
+    except TypeError: return None
 
 # %% ../nbs/06_training.ipynb #cdb6eb37
 @patch

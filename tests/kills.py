@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from lmnotes.batches import collate
+from lmnotes.checkpoints import read_tensors
 from lmnotes.core import seed_everything
 from lmnotes.models import llama
 from lmnotes.training import EMA, Learner, Validate, muon
@@ -62,10 +63,10 @@ def result(folder):
     "What must be equal: every file of the last checkpoint, the clock's figures and memory's apart."
     last = folder/f'step-{STEPS:06d}'
     state = json.loads((last/'state.json').read_text())
-    for row in state['history']: row.pop('seconds')
     state.pop('seconds'); state['callbacks'].pop('Meter-0')
-    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob('*.safetensors'))}
-    return dict(state=json.dumps(state, sort_keys=True), folders=sorted(p.name for p in folder.glob('step-*')), **files)
+    history = {k: t.tolist() for k, t in read_tensors(last/'history.safetensors').items() if k != 'seconds'}
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob('*.safetensors')) if p.stem != 'history'}
+    return dict(state=json.dumps(state, sort_keys=True), history=json.dumps(history), folders=sorted(p.name for p in folder.glob('step-*')), **files)
 
 
 def main():
