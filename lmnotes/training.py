@@ -38,10 +38,10 @@ from .scoring import Scored, token_loss
 _all_ = ['ActivationStats', 'EMA', 'GradientStats', 'LiveCurve', 'Meter', 'Progress', 'Scored', 'Validate', 'adafactor', 'adamw', 'by_length',
          'constant', 'cosine', 'in_order', 'inverse_sqrt', 'linear', 'muon', 'row_order', 'sgd', 'split_parameters', 'token_loss', 'warmup_decay']
 
-# %% ../nbs/06_training.ipynb #14438905
+# %% ../nbs/06_training.ipynb #83e9e602
 class Learner:
     """Train a model. The loss of a step is summed over its scored tokens and divided by their number, over all micro-batches
-    and processes. `fit` goes on from a checkpoint bit by bit. LmnotesError names an argument that cannot be."""
+    and processes. `fit` goes on from a checkpoint bit for bit. LmnotesError names an argument that cannot be."""
     def __init__(self,
         model:nn.Module, # ours or transformers', or any that returns .loss; trained in place
         train, # rows with a length and an index (a datasets.Dataset, a list, a tensor), or an iterable of dict batches
