@@ -261,13 +261,13 @@ def constant(
     "Linear warmup, then constant."
     return _rise(step, warmup)
 
-# %% ../nbs/06a_optimizers.ipynb #e6358654
+# %% ../nbs/06a_optimizers.ipynb #a670d85b
 def linear(
     step:int, # from 0
     total:int, # steps in all
     warmup:int=20, # steps of rising
 )->float: # factor on the learning rate, in (0,1]
-    "Linear warmup, then falling towards zero in a line."
+    "Linear warmup, then falling toward zero in a line."
     return min(_rise(step, warmup), (total - step) / max(1, total - warmup))
 
 # %% ../nbs/06a_optimizers.ipynb #0931e5ed
