@@ -142,7 +142,7 @@ def _sync(path):
         if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS): raise
     finally: os.close(fd)
 
-# %% ../nbs/06b_checkpoints.ipynb #9a129f0f
+# %% ../nbs/06b_checkpoints.ipynb #650652e6
 def save_checkpoint(
     folder:Path|str, # where to put it; must not exist
     tensors:dict[str, dict[str, Tensor]], # file name without ending -> name -> tensor
@@ -178,7 +178,7 @@ def save_checkpoint(
     return folder
 
 def _remove(folder):
-    "Delete a checkpoint, manifest first: killed half way, it is an incomplete one, never a damaged one"
+    "Delete a checkpoint, manifest first: killed halfway, it is an incomplete one, never a damaged one"
     with suppress(FileNotFoundError):
         os.unlink(folder/_manifest)
         with suppress(OSError): _sync(folder)
