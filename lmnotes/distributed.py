@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .core import best_device, require
 
-# %% ../nbs/06g_distributed.ipynb #9e6430e1
+# %% ../nbs/06g_distributed.ipynb #10171dfd
 def setup(
     processes:int|None=None, # how many there must be; None = as many as were started
 ): # an accelerate.Accelerator
@@ -35,7 +35,7 @@ def setup(
     return accelerator
 
 def leave():
-    "Take leave of the other processes. Done at exit by itself; without it one process in twenty aborts there."
+    "Take leave of the other processes. Done at exit by itself; without it a process may abort there."
     if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../nbs/06g_distributed.ipynb #22954111
