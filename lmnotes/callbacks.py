@@ -149,7 +149,7 @@ class Validate:
     def state_dict(self)->dict: return {k: getattr(self, k) for k in ('losses', 'best', 'best_step', 'bad')}
     def load_state_dict(self, state, tensors=None): vars(self).update(state)
 
-# %% ../nbs/06d_callbacks.ipynb #f17d5a81
+# %% ../nbs/06d_callbacks.ipynb #be4403e5
 def best_weights(learn, # a learner
                  validate:Validate, # its callback
                  )->dict: # name -> tensor
@@ -158,7 +158,7 @@ def best_weights(learn, # a learner
     tensors, _ = load_checkpoint(learn.out_dir/f'step-{validate.best_step:06d}')
     averages = [cb for cb in learn.cbs if type(cb) is type(validate.ema)]
     if not averages: return tensors['model']
-    return tensors['model'] | tensors[f'{type(validate.ema).__name__}-{averages.index(validate.ema)}']
+    return tensors['model'] | tensors.get(f'{type(validate.ema).__name__}-{averages.index(validate.ema)}', {})
 
 # %% ../nbs/06d_callbacks.ipynb #8ad826b9
 def validation_losses(learn)->list: # of dict(step, loss, tokens)

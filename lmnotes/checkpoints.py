@@ -226,13 +226,15 @@ def load_checkpoint(
         offer = f'{good} is whole: go on from there, or move {folder.name} away'
         raise CheckpointError(f'{e}. {offer if good else "No checkpoint before it is whole"}') from e
 
-# %% ../nbs/06b_checkpoints.ipynb #e26302e1
+# %% ../nbs/06b_checkpoints.ipynb #359b291e
 def _number(folder): return int(m[1]) if (m := re.fullmatch('step-([0-9]+)', Path(folder).name)) else math.inf
 
 def _steps(out_dir):
     "The folders step-N, in order of N; links are none"
     found = [p for p in Path(out_dir).iterdir() if _number(p) < math.inf] if Path(out_dir).is_dir() else []
     return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=lambda p: (_number(p), p.name))
+
+def _ours(p): return (p.name in (_manifest, _part) or _file_name.fullmatch(p.name)) and p.is_file() and not p.is_symlink()
 
 def _complete(folder): return {_manifest, _part}.intersection(os.listdir(folder)) == {_manifest}
 
@@ -251,21 +253,20 @@ def newest_good(
         if _number(p) >= _number(before): continue
         with suppress(CheckpointError): return verify_checkpoint(p) and p
 
-# %% ../nbs/06b_checkpoints.ipynb #17982956
+# %% ../nbs/06b_checkpoints.ipynb #ccb0aa89
 def sweep(
     out_dir:Path|str, # folder of a run; hold its lock
 )->list[Path]: # what was removed
     "Remove what a killed save or prune left, named in one warning; everything else stays, step-N with other files included"
-    ours = lambda p: (p.name in (_manifest, _part) or _file_name.fullmatch(p.name)) and p.is_file() and not p.is_symlink()
     temporary = lambda p: re.fullmatch(r'\.step-[0-9]+\.[0-9a-f]{8}\.tmp', p.name) and p.is_dir() and not p.is_symlink()
     left = [p for p in Path(out_dir).iterdir() if temporary(p)] if Path(out_dir).is_dir() else []
-    left += [p for p in _steps(out_dir) if not _complete(p) and all(map(ours, p.iterdir()))]
+    left += [p for p in _steps(out_dir) if not _complete(p) and all(map(_ours, p.iterdir()))]
     for p in left: _remove(p)
     names = ', '.join(p.name for p in left)
     if left: warnings.warn(f'{out_dir}: removed what an interrupted save left: {names}', stacklevel=2)
     return left
 
-# %% ../nbs/06b_checkpoints.ipynb #4cc5f354
+# %% ../nbs/06b_checkpoints.ipynb #fadcf08f
 def prune(
     out_dir:Path|str, # folder of a run; hold its lock
     keep:int, # how many of the newest complete checkpoints to keep, 1 or more
@@ -276,7 +277,7 @@ def prune(
     spared = {Path(p).name for p in ([always] if isinstance(always, (str, Path)) else always)}
     removed = []
     for p in checkpoints(out_dir)[:-keep]:
-        if p.name in spared: continue
+        if p.name in spared or not all(map(_ours, p.iterdir())): continue           # with files of the user's in it
         try: _remove(p); removed.append(p)
         except OSError as e: warnings.warn(f'{p} could not be removed: {e}', stacklevel=2)
     return removed

@@ -147,7 +147,7 @@ def load_whole(
     with torch.no_grad():
         for name, t in mine.items(): t.copy_(cut(tensors[name], t))
 
-# %% ../nbs/06g_distributed.ipynb #e7a39848
+# %% ../nbs/06g_distributed.ipynb #b53f90bc
 def optimizer_tensors(
     opts:list, # torch optimizers
 )->dict[str, Tensor]: # o.i.key: number of the optimizer, of its parameter, and what the optimizer calls it
@@ -171,8 +171,12 @@ def load_optimizer(
         o, i, key = (name.split('.', 2) + ['', ''])[:3]
         require(f'{o}.{i}' in params, 'tensors', name, f'of one of {len(params)} parameters, o.i.key')
         p = params[f'{o}.{i}']
-        states[int(o)].setdefault(int(i), {})[key] = cut(t, p) if t.shape == p.shape else t.clone()
-    for opt, state in zip(opts, states): opt.load_state_dict({**opt.state_dict(), 'state': state})
+        stays = key == 'step' and not any(opts[int(o)].defaults.get(k) for k in ('fused', 'capturable'))
+        there = cut(t, p) if t.shape == p.shape else t.to('cpu' if stays else p.device, copy=True)
+        states[int(o)].setdefault(p, {})[key] = there        # as it was: load_state_dict would cast it to the dtype of p
+    for opt, state in zip(opts, states):
+        opt.state.clear()
+        opt.state.update(state)
 
 # %% ../nbs/06g_distributed.ipynb #e0d63b38
 def with_whole(

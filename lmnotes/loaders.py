@@ -169,7 +169,7 @@ def once(self:Rows,
     "What falls to one process in one pass over all rows."
     for step in self.read(0, self.steps_per_epoch, rank, processes): yield from (batch for _, batch in step)
 
-# %% ../nbs/06e_loaders.ipynb #3038f5c0
+# %% ../nbs/06e_loaders.ipynb #c024e75b
 def _length(source):
     "None where nobody can tell: a DataLoader over an iterable has len, which raises"
     try: return len(source)
@@ -198,6 +198,8 @@ class Stream:
         parts = (getattr(self.source, k, None) for k in ('sampler', 'batch_sampler', 'dataset'))
         for x in (self.source, *parts):
             if hasattr(x, 'set_epoch'): x.set_epoch(n)
+            if isinstance(g := getattr(x, 'generator', None), torch.Generator): g.manual_seed(mix(self.seed, n))
+        if getattr(self.source, 'persistent_workers', False): self.source._iterator = None      # they would go on drawing
         seed_all(self.seed, n)
         items = iter(self.source)
         for i in count():
@@ -209,8 +211,10 @@ class Stream:
         "As in Rows; each process reads everything and keeps its share. Workers are the iterable's own affair."
         allowed = '0 for an iterable; a DataLoader as train brings its own workers'
         require(not num_workers, 'num_workers', num_workers, allowed)
-        steps = chain.from_iterable(map(self.one_pass, count()))
-        for step in islice(steps, start, stop): yield step[rank::processes]
+        each = self.steps_per_epoch
+        first = start // each if each else 0                 # whole epochs need not be read again
+        steps = chain.from_iterable(map(self.one_pass, count(first)))
+        for step in islice(steps, start - first * (each or 0), stop - first * (each or 0)): yield step[rank::processes]
 
     def once(self, rank=0, processes=1)->Iterator[dict|None]: # batches, None to make the numbers equal
         "As in Rows."

@@ -7,10 +7,10 @@ __all__ = ['Learner', 'interrupt_later', 'ActivationStats', 'EMA', 'GradientStat
            'Validate', 'adafactor', 'adamw', 'by_length', 'constant', 'cosine', 'in_order', 'inverse_sqrt', 'linear',
            'muon', 'row_order', 'sgd', 'split_parameters', 'token_loss', 'warmup_decay']
 
-# %% ../nbs/06_training.ipynb #9f27cdc7
+# %% ../nbs/06_training.ipynb #cc03fe86
 import math, os, signal, time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -76,7 +76,7 @@ class Learner:
         self.source = self._source(train, accumulate * self.processes, order)
         self._prepare()
 
-# %% ../nbs/06_training.ipynb #c62649e0
+# %% ../nbs/06_training.ipynb #da23ff74
 @patch
 def _prepare(self:Learner):
     "Precision and place of the model, what wraps it, its optimizers, the counters"
@@ -98,12 +98,12 @@ def _prepare(self:Learner):
     self.base = [[float(g['lr']) for g in o.param_groups] for o in self.opts]
     self.params = list({id(p): p for p in trained + [p for o in self.opts for g in o.param_groups for p in g['params']]}.values())
     if not any(isinstance(cb, Meter) for cb in self.cbs): self.cbs = [Meter(), *self.cbs]
-    self.out_dir = self.out_dir and Path(self.out_dir).expanduser().absolute()
+    self.out_dir = None if self.out_dir is None else Path(self.out_dir).expanduser().absolute()
     self.step, self.tokens, self.seconds, self.history = 0, 0, 0., []
     self.total, self.norm, self.best_step, self.stop, self.whole = None, None, None, False, False     # whole: no error, so far as it went
     self.parts, self._signal, self._asked, self._late, self.kept_settings = Parts(), 0, False, False, None
 
-# %% ../nbs/06_training.ipynb #0011dca9
+# %% ../nbs/06_training.ipynb #e051f95c
 @patch
 def _check(self:Learner):
     "Refuse what cannot be, by name, before anything is done"
@@ -123,6 +123,7 @@ def _check(self:Learner):
     self.cbs = list(self.cbs)
     for cb in self.cbs: require(not isinstance(cb, type), 'cbs', cb, f'objects, not classes: {cb}()', LmnotesTypeError)
     require(self.out_dir is None or isinstance(self.out_dir, (str, os.PathLike)), 'out_dir', self.out_dir, 'a folder', LmnotesTypeError)
+    require(self.out_dir is None or str(self.out_dir), 'out_dir', self.out_dir, 'a folder, or None')
     require(not (self.compile and self.shard), 'compile', self.compile, 'False where shard=True')
 
 # %% ../nbs/06_training.ipynb #8ef36c43
@@ -154,7 +155,7 @@ def _length(data):
     try: return len(data)
     except TypeError: return None
 
-# %% ../nbs/06_training.ipynb #cdb6eb37
+# %% ../nbs/06_training.ipynb #8a6b86f0
 @patch
 def gradients(self:Learner,
     micro:list, # (names, batch) of each micro-batch of this process; batch None where it has none
@@ -169,6 +170,7 @@ def gradients(self:Learner,
             with self.autocast(): s, count = self.wrapped(self._on_device(batch))
             (s * scale if self.scaler else s).backward()
         sums, n = sums + [s.detach()], n + float(count)
+    if self.processes > 1 and not self.history: self._check_used()
     self.call('after_backward')
     *sums, norm = torch.stack([*sums, gradient_norm(self.params)]).tolist()
     loss, n, self._asked, self._late = total(self.accelerator, sum(sums), n, bool(self._signal), self._minutes_over())
@@ -177,7 +179,13 @@ def gradients(self:Learner,
     self.divisor = scale * n / self.processes
     return loss / n, int(n) if n.is_integer() else n, norm / self.divisor
 
-# %% ../nbs/06_training.ipynb #2d5f2735
+# %% ../nbs/06_training.ipynb #67c0b8b8
+@patch
+def _check_used(self:Learner):
+    "Other processes wait for every gradient"
+    idle = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+    require(not idle, 'model', idle[:4], 'one that uses every parameter it trains: requires_grad_(False) for these')
+
 @patch
 def _on_device(self:Learner, batch):
     return batch and {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -186,7 +194,7 @@ def _names(micro):
     "Which rows a step has, for an error"
     return '; '.join(f'rows {", ".join(map(str, n[:32]))}{", …" * (len(n) > 32)}' for n, batch in micro if batch)
 
-# %% ../nbs/06_training.ipynb #d7e8cb3b
+# %% ../nbs/06_training.ipynb #5f729e74
 @patch
 def one_step(self:Learner,
     micro:list, # as for gradients
@@ -201,20 +209,34 @@ def one_step(self:Learner,
         except Exception as e: problem = self.parts.give_way(e, self.params)
         if problem: self.parts.double([b for _, b in micro if b], problem, f'step {self.step}')
         elif not math.isfinite(loss) or not self.scaler and not math.isfinite(norm): self._not_finite(micro, loss, norm)
-        else: done = not self.scaler or self.scaler.update(math.isfinite(norm))
+        else: done = not self.scaler or self._in_range(micro, loss, norm)
     self.norm, factor = norm, float(self.schedule(self.step, self.total))
     require(math.isfinite(factor), f'schedule({self.step}, {self.total})', factor, 'a finite number')
     scale_gradients(self.params, min(1., (self.clip or math.inf) / (norm + 1e-6)) / self.divisor)
     self.call('before_update')
     for o, base in zip(self.opts, self.base):
         for group, lr in zip(o.param_groups, base): group['lr'] = lr * factor
-        o.step()
+        self._update(o)
     self.step, self.tokens, self.seconds = self.step + 1, self.tokens + n, self.seconds + time.perf_counter() - self._clock
     self.history.append(dict(step=self.step, loss=loss, norm=norm, lr=self.lr * factor, tokens=self.tokens, seconds=self.seconds))
 
-# %% ../nbs/06_training.ipynb #af4a5342
+# %% ../nbs/06_training.ipynb #e91cdb70
 @patch
-def _not_finite(self:Learner, micro, loss, norm):
+def _update(self:Learner, opt):
+    problem = None
+    try: opt.step()
+    except Exception as e: problem = self.parts.give_way(e, self.params)
+    if problem: raise LmnotesError(f'opt: memory ran out in the update of step {self.step}, part of which may be done: {problem}. Go on from '
+                                   'a checkpoint; adafactor, sgd or shard=True need less')
+
+@patch
+def _in_range(self:Learner, micro, loss, norm):
+    "Tell the scaler; where it gives up, say where, too"
+    try: return self.scaler.update(math.isfinite(norm))
+    except LmnotesError as e: self._not_finite(micro, loss, norm, f'{e}. ')
+
+@patch
+def _not_finite(self:Learner, micro, loss, norm, said=''):
     "End the run before a weight is touched: what, where, and the last good loss"
     for p in self.params: p.grad = None
     where, parts = None, [(names, part) for names, batch in micro for part in self.parts.cut(batch)]
@@ -224,11 +246,11 @@ def _not_finite(self:Learner, micro, loss, norm):
         with self.autocast(): found = first_bad_module(self.model, self.loss, self._on_device(batch))
         if found: where = f'first in {found[0]} ({found[1]}), {_names([(names, batch)])}'
     last = self.history[-1]['loss'] if self.history else None
-    raise LmnotesError(f'the loss is {loss} and the norm of its gradient {norm} in step {self.step}, {where or _names(micro)}; the '
+    raise LmnotesError(f'{said}the loss is {loss} and the norm of its gradient {norm} in step {self.step}, {where or _names(micro)}; the '
                        f'last finite loss was {last}. No weight was changed. A smaller lr than {self.lr}, a longer warmup or '
                        'cleaner data may help')
 
-# %% ../nbs/06_training.ipynb #4c745d55
+# %% ../nbs/06_training.ipynb #dd155f01
 @patch
 def fit(self:Learner,
     steps:int|None=None, # steps of the whole run
@@ -253,12 +275,15 @@ def fit(self:Learner,
                 self.one_step(next(micros))
                 self.call('after_step')
                 if self.processes == 1: self._asked = bool(self._signal)
+                else: self.stop = total(self.accelerator, bool(self.stop))[0] > 0       # where one ends, all do
                 if self._due(): self.checkpoint()
             self._check_weights()
             self.whole = True
         finally:
             for p in self.params: p.grad = None
-            self.call('after_fit'); self.model.eval()
+            self.model.eval()
+            with ExitStack() as each:                        # all of them, whatever one of them raises
+                for cb in reversed(self.cbs): each.callback(getattr(cb, 'after_fit', lambda learn: None), self)
     if self._asked or self._signal: self._say_interrupted()
     return self
 

@@ -81,7 +81,7 @@ class _UntilHigh:
         losses = [h['loss'] for h in learn.history]
         if losses[-1] > 2 * min(losses) + 1: learn.stop = True
 
-# %% ../nbs/06f_tuning.ipynb #e6b4c1df
+# %% ../nbs/06f_tuning.ipynb #395547e8
 def lr_find(
     learner:Learner, # trained or not; not changed
     start:float=1e-7, # first learning rate
@@ -98,6 +98,7 @@ def lr_find(
         try: learner.fit(steps=first + steps)
         except LmnotesError:
             if not learner.history: raise                              # not even the first step: a real error
+        if learner._asked: raise KeyboardInterrupt
         losses = [h['loss'] for h in learner.history]
     return LRFinder([start * growth**i for i in range(len(losses))], losses)
 

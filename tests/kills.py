@@ -2,8 +2,8 @@
 
     python tests/kills.py FOLDER [--kills 25] [--seed 0] [--workers 0]
 
-Everything is imported once, and each attempt is a fork. An attempt is killed (SIGKILL) after a random time, up to a share of the whole run, so that kills fall into steps, saves, sweeps and loads alike.
-Prints a line of JSON: kills, finished runs, kills that left an unfinished save behind, and what differed (nothing, one hopes).
+Everything is imported and run once before the first fork, so that an attempt begins at once, and kills (SIGKILL after a random time, up to that of the whole run) fall into steps, saves, sweeps and loads alike.
+Prints a line of JSON: kills, finished runs, `places` (how many different numbers of checkpoints were there at a kill), `torn` (kills that left an unfinished save behind), and what differed (nothing, one hopes).
 """
 import argparse, hashlib, json, os, random, signal, sys, time, warnings
 from pathlib import Path
@@ -15,7 +15,7 @@ from lmnotes.core import seed_everything
 from lmnotes.models import llama
 from lmnotes.training import EMA, Learner, Validate, muon
 
-STEPS = 14
+STEPS = 40
 
 
 class Noisy:
@@ -77,25 +77,27 @@ def main():
     ap.add_argument('--workers', type=int, default=0)
     a = ap.parse_args()
     torch.set_num_threads(1)
+    run(a.folder/'warm', 0)                                        # imports and whatever torch loads at first use
     draw, start = random.Random(a.seed), time.monotonic()
     assert wait(fork(a.folder/'whole', a.workers), 120) == 0
     whole, want = time.monotonic() - start, result(a.folder/'whole')
     kills = torn = finished = 0
-    wrong = []
+    places, wrong = set(), []
     while kills < a.kills or not finished:
         folder = a.folder/f'run-{finished}'
         pid = fork(folder, a.workers)
-        code = wait(pid, draw.uniform(0, .4) * whole if kills < a.kills else 600)
+        code = wait(pid, draw.uniform(.02, .7) * whole if kills < a.kills else 600)
         if code is None:
             os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
             kills += 1
+            places.add(max((int(p.name[5:]) for p in folder.glob('step-*') if (p/'manifest.json').exists()), default=0))
             torn += any(not (p/'manifest.json').exists() for p in folder.glob('*step-*') if p.is_dir())
         elif code: wrong.append(f'attempt after {kills} kills ended with {code}'); break
         else:
             got = result(folder)
             wrong += [f'run {finished}: {k} differs' for k in want if got.get(k) != want[k]]
             finished += 1
-    print(json.dumps(dict(kills=kills, finished=finished, torn=torn, wrong=wrong, seconds=round(time.monotonic() - start, 1))))
+    print(json.dumps(dict(kills=kills, finished=finished, places=len(places), torn=torn, wrong=wrong, seconds=round(time.monotonic() - start, 1))))
 
 
 if __name__ == '__main__': main()
