@@ -136,13 +136,13 @@ def row(self:Rows,
     if not self.plain: seed_all(self.seed, epoch, j, 0, 0)     # five numbers: no other use has as many
     return self.rows[j]
 
-# %% ../nbs/06e_loaders.ipynb #74cb86b9
+# %% ../nbs/06e_loaders.ipynb #5287a38b
 def _same(x): return x
 
 @patch
 def read(self:Rows,
     start:int, # first step
-    stop:int, # behind the last step
+    stop:int, # one past the last step
     rank:int=0, # which process
     processes:int=1, # of how many
     num_workers:int=0, # worker processes that read ahead
