@@ -105,7 +105,7 @@ def usual_rate(
     size = sum(p.numel() for p in model.parameters())
     return OPTIMIZERS[opt][1] * min(1., 2.5e6 / size)**.25
 
-# %% ../nbs/06i_shell.ipynb #b3d1a8be
+# %% ../nbs/06i_shell.ipynb #439c9ff7
 def train(
     text:str, # a text file or a folder of them (txt, csv, jsonl, parquet), a bundled corpus, or a hub data set
     model:str='gpt-tiny', # what to start from: a bundled name, smollm2, a folder, or a hub id
@@ -139,6 +139,9 @@ def train(
     out, make = Path(out).expanduser(), OPTIMIZERS[known_name(opt, OPTIMIZERS, 'optimizer')][0]
     require(resume or not out.exists() or out.is_dir() and not any(out.iterdir()), 'out', str(out),
             'a folder that is new or empty, or one to go on in, with resume')
+    require(not (out/'model').exists() or (out/'checkpoints').exists(), 'out', str(out), 'new, empty, or of an earlier lmnotes train')
+    own = Path(model).expanduser().resolve() == (out/'model').resolve()
+    require(not own, 'model', model, 'another folder than the one that is written at the end')
     require(steps is None or epochs is None and steps >= 1, 'steps', steps, '1 or more, or left out where epochs are given')
     n = setup(processes).num_processes
     rows, unseen, test, net, tokenizer = prepare(text, model, length, column, by, held_out)
@@ -151,11 +154,14 @@ def train(
                     out_dir=out/'checkpoints', save_every=save_every, keep=keep, num_workers=workers, compile=compile,
                     recompute=recompute, shard=shard, cbs=[*watch, Progress(), Meter()])
     before = learn.validate(test) if test else None
-    learn.fit(steps=steps, resume=resume)
+    try: learn.fit(steps=steps, resume=resume)
+    except LmnotesError as e:
+        if learn.history: raise RuntimeError(str(e)) from e              # it ran, and failed
+        raise
     if learn.stop or learn.step == steps: finish(learn, tokenizer, out, test, before)
     return learn
 
-# %% ../nbs/06i_shell.ipynb #0af04ca1
+# %% ../nbs/06i_shell.ipynb #0e484c8f
 def finish(
     learn:Learner, # that has run
     tokenizer, # of its model
@@ -170,8 +176,10 @@ def finish(
     learn.save(new)
     if not learn.main: return
     tokenizer.save_pretrained(new)
-    shutil.rmtree(out/'model', ignore_errors=True)
+    shutil.rmtree(out/'.old', ignore_errors=True)
+    if (out/'model').exists(): (out/'model').rename(out/'.old')
     new.rename(out/'model')
+    shutil.rmtree(out/'.old', ignore_errors=True)
     report = run_report(learn)
     perplexity = {} if after is None else dict(perplexity_before=float(before), perplexity_after=float(after))
     with atomic_write(out/'report.json', 'w') as f: json.dump(perplexity | report.to_dict(), f, indent=1)
@@ -203,7 +211,7 @@ def parser()->Parser: # from the signature of train and its comments
             p.add_argument(flag, type=kind, default=d.default, help=shown, metavar=metavar)
     return p
 
-# %% ../nbs/06i_shell.ipynb #165ec824
+# %% ../nbs/06i_shell.ipynb #b040911e
 def command(
     argv=None, # arguments after `lmnotes train`; None means those of the process
 )->int: # 0 done, 1 it ran and failed, 2 cannot be asked for like that, 130 stopped by Ctrl-C
@@ -211,8 +219,10 @@ def command(
     a = vars(parser().parse_args(argv))
     try: learn = train(**a)
     except LmnotesError as e: return say(2, e)
-    except OSError as e: return say(1, e)
-    except KeyboardInterrupt: return say(130, 'stopped by Ctrl-C before the first step')
+    except (OSError, RuntimeError) as e: return say(1, e)
+    except KeyboardInterrupt:
+        left = (Path(a['out']).expanduser()/'checkpoints').exists()
+        return say(130, 'stopped by Ctrl-C' + '; the same command with --resume goes on' * left)
     if learn.stop or learn.step == learn.total: return 0
     if learn.main: say(0, 'the same command with --resume goes on')
     return 130

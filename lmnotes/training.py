@@ -76,7 +76,7 @@ class Learner:
         self.source = self._source(train, accumulate * self.processes, order)
         self._prepare()
 
-# %% ../nbs/06_training.ipynb #da23ff74
+# %% ../nbs/06_training.ipynb #db51371b
 @patch
 def _prepare(self:Learner):
     "Precision and place of the model, what wraps it, its optimizers, the counters"
@@ -99,11 +99,13 @@ def _prepare(self:Learner):
     self.params = list({id(p): p for p in trained + [p for o in self.opts for g in o.param_groups for p in g['params']]}.values())
     if not any(isinstance(cb, Meter) for cb in self.cbs): self.cbs = [Meter(), *self.cbs]
     self.out_dir = None if self.out_dir is None else Path(self.out_dir).expanduser().absolute()
+    embedding = model.get_input_embeddings() if hasattr(model, 'get_input_embeddings') else None
+    self._n_ids = getattr(embedding, 'num_embeddings', None)
     self.step, self.tokens, self.seconds, self.history = 0, 0, 0., []
     self.total, self.norm, self.best_step, self.stop, self.whole = None, None, None, False, False     # whole: no error, so far as it went
     self.parts, self._signal, self._asked, self._late, self.kept_settings = Parts(), 0, False, False, None
 
-# %% ../nbs/06_training.ipynb #e051f95c
+# %% ../nbs/06_training.ipynb #da65e9b6
 @patch
 def _check(self:Learner):
     "Refuse what cannot be, by name, before anything is done"
@@ -112,10 +114,12 @@ def _check(self:Learner):
         value, optional = getattr(self, name), name in ('save_every', 'keep')
         whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
         require(whole or optional and value is None, name, value, f'a whole number of {least} or more')
+        if whole: setattr(self, name, int(value))
     for name in ('save_minutes', 'clip', 'lr'):
         value, optional = getattr(self, name), name != 'lr'
         fine = isinstance(value, (int, float)) and 0 < value < math.inf
         require(fine or optional and value is None, name, value, 'a number above 0')
+        if fine: setattr(self, name, float(value))
     for name in ('opt', 'schedule', 'order', 'loss', 'collate_fn'):
         value, optional = getattr(self, name), name in ('loss', 'collate_fn')
         require(callable(value) or optional and value is None, name, value, 'a function', LmnotesTypeError)
@@ -179,7 +183,7 @@ def gradients(self:Learner,
     self.divisor = scale * n / self.processes
     return loss / n, int(n) if n.is_integer() else n, norm / self.divisor
 
-# %% ../nbs/06_training.ipynb #67c0b8b8
+# %% ../nbs/06_training.ipynb #a6e9199c
 @patch
 def _check_used(self:Learner):
     "Other processes wait for every gradient"
@@ -188,6 +192,9 @@ def _check_used(self:Learner):
 
 @patch
 def _on_device(self:Learner, batch):
+    ids = batch.get('input_ids') if batch else None
+    if ids is not None and self._n_ids and ids.numel() and (worst := int(ids.max())) >= self._n_ids:    # a device would only say: assert
+        require(False, 'an id in input_ids', worst, f'below {self._n_ids}, the rows of the embedding: model.resize_token_embeddings')
     return batch and {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 def _names(micro):

@@ -510,3 +510,142 @@ def test_report():
     learn = learner().fit(steps=3)
     report = learn.report().to_dict()
     assert report['steps'] == 3 and report['tokens'] == learn.tokens and report['peak_memory'] > 0 and report['seed'] == 0
+
+
+# ---- what a careful reader tried
+
+class Counting(torch.optim.SGD):
+    "Keeps a count in its groups, as schedule-free optimizers do."
+    def step(self, closure=None):
+        for g in self.param_groups:
+            g['k'] = g.get('k', 0) + 1
+            for p in g['params']:
+                if p.grad is not None: p.data.sub_(p.grad, alpha=g['lr'] / g['k'])
+
+
+def test_counts_in_groups_travel(tmp_path):
+    def make(name, *cbs): return learner(opt=lambda m, lr: Counting(m.parameters(), lr), out_dir=tmp_path/name, save_every=2, cbs=cbs)
+    whole = make('a').fit(steps=7)
+    make('b', StopAt(4)).fit(steps=7)
+    again = make('b').fit(steps=7, resume=True, allow_change='stop')
+    assert again.step == 7 and losses(whole) == losses(again)
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    class Spoil:
+        def after_step(self, learn):
+            if learn.step == 3: learn.params[0].data[0] = math.inf
+    with pytest.raises(LmnotesError, match='weights are not finite after step 3'): learner(out_dir=tmp_path, save_every=1, keep=1, cbs=[Spoil()]).fit(steps=5)
+    assert [p.name for p in checkpoints(tmp_path)] == ['step-000002']
+    with pytest.raises(LmnotesError, match='not finite'): learner(cbs=[Spoil()]).fit(steps=3)
+    with pytest.raises(LmnotesError, match=r'schedule\(2, 4\)'): learner(schedule=lambda s, t: math.nan if s == 2 else 1.).fit(steps=4)
+    assert learner(schedule=lambda s, t: np.float32(.5), out_dir=tmp_path/'x').fit(steps=2).step == 2
+
+
+def test_callbacks_and_optimizers_in_other_forms():
+    class Count:
+        n = 0
+        def after_step(self, learn): self.n += 1
+    count = Count()
+    learner(cbs=(c for c in [count])).fit(steps=3)
+    assert count.n == 3
+    with pytest.raises((ValueError, TypeError), match='cbs'): learner(cbs=EMA())
+    with pytest.raises((ValueError, TypeError), match='cbs'): learner(cbs=[EMA])
+    assert learner(opt=lambda m, lr: torch.optim.SGD(m.parameters(), lr=torch.tensor(lr))).fit(steps=1).step == 1
+    for bad in (lambda m, lr: [], lambda m, lr: 3, 'adamw'):
+        with pytest.raises((ValueError, TypeError), match='opt'): learner(opt=bad)
+    for name, bad in dict(schedule=5, order=3, loss=3, collate_fn=3, out_dir=5, batch_size=True).items():
+        with pytest.raises((ValueError, TypeError), match=name): learner(**{name: bad})
+    with pytest.raises((ValueError, TypeError), match='out_dir'): learner(out_dir='')
+    assert learner(batch_size=np.int64(4)).fit(steps=np.int64(2)).step == 2
+
+
+def test_bad_losses_are_named():
+    for bad in (lambda m, b: (torch.tensor(3.), 5), lambda m, b: (3., 5), lambda m, b: (torch.ones(1, requires_grad=True), 5)):
+        with pytest.raises((ValueError, TypeError), match='loss'): learner(loss=bad).fit(steps=1)
+
+
+def test_weighted_counts():
+    "A count need not be whole."
+    def half(model, batch):
+        s, n = token_loss(model, batch)
+        return s * .5, n * .5
+    a, b = (learner(model=double, batch_size=n, accumulate=12 // n, loss=half, opt=sgd).fit(steps=2) for n in (12, 1))
+    assert_close(losses(a), losses(b), atol=1e-12, rtol=1e-12)
+
+
+def test_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'other').mkdir()
+    class Move:
+        def after_step(self, learn): os.chdir(tmp_path/'other')
+    learner(out_dir='run', save_every=1, cbs=[Move()]).fit(steps=2)
+    assert len(checkpoints(tmp_path/'run')) == 2 and not list((tmp_path/'other').iterdir())
+
+
+def test_an_error_leaves_weights_as_they_were_trained(tmp_path):
+    class Fail:
+        def after_step(self, learn):
+            if learn.step == 4: raise RuntimeError('no')
+    closed = []
+    class Late:
+        def after_fit(self, learn): closed.append(learn.model.training)
+    broken = learner(cbs=[Late(), EMA(.5), Fail()])
+    with pytest.raises(RuntimeError, match='no'): broken.fit(steps=4)
+    whole = learner(cbs=[EMA(.5, swap=False)]).fit(steps=4)
+    assert closed == [False] and all(torch.equal(a, b) for a, b in zip(weights(broken).values(), weights(whole).values()))
+
+
+def test_draws_of_callbacks_do_not_depend_on_workers():
+    def drawn(num_workers):
+        found = []
+        class Draw:
+            def before_fit(self, learn): found.append(torch.rand(()).item())
+            def before_step(self, learn): found.append((torch.rand(()).item(), random.random(), np.random.rand()))
+        learner(Noisy(), cbs=[Draw()], num_workers=num_workers).fit(steps=3)
+        return found
+    torch.manual_seed(5); a = drawn(0)
+    torch.manual_seed(6); b = drawn(1)
+    assert a == b and len(set(a)) == 4
+
+
+def test_parameters_freed_on_the_way_are_zeroed():
+    "A frozen embedding that is freed at step 2 gets the gradient of one step, not of all since."
+    model = MODELS['llama']()
+    model.embed.requires_grad_(False)
+    class Free:
+        def before_step(self, learn):
+            if learn.step == 2: learn.model.embed.requires_grad_(True)
+    norms = []
+    class Look:
+        def before_update(self, learn): norms.append(learn.model.embed.weight.grad.norm().item() if learn.model.embed.weight.grad is not None else 0.)
+    learner(model=model, opt=lambda m, lr: torch.optim.SGD(m.parameters(), lr=1e-6), cbs=[Free(), Look()]).fit(steps=6)
+    assert norms[:2] == [0., 0.] and max(norms[2:]) <= 1.001                                        # clipped to 1, as all
+
+
+def test_streams_in_one_kernel(tmp_path):
+    "The same DataLoader with a generator of its own, used again after an interrupt: the order goes on."
+    data = [dict(input_ids=torch.arange(i, i + 5), labels=torch.arange(i, i + 5)) for i in range(12)]
+    def loader(): return torch.utils.data.DataLoader(data, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(1))
+    whole = learner(loader(), collate_fn=None).fit(steps=10)
+    same = loader()
+    learner(same, collate_fn=None, out_dir=tmp_path, save_every=1, cbs=[StopAt(6)]).fit(steps=10)
+    again = learner(same, collate_fn=None, out_dir=tmp_path, save_every=1).fit(steps=10, resume=True, allow_change='stop')
+    assert losses(again) == losses(whole)
+    class Sized(torch.utils.data.IterableDataset):
+        def __len__(self): return 4
+        def __iter__(self): return iter([dict(input_ids=torch.arange(5)[None])] * 4)
+    assert learner(Sized(), collate_fn=None, accumulate=2).fit(epochs=2).step == 4
+
+
+def test_torch_formatted_rows():
+    import datasets
+    data = datasets.Dataset.from_dict(dict(input_ids=rows()[:8], attention_mask=[[1] * len(r) for r in rows()[:8]], labels=rows()[:8])).with_format('torch')
+    assert learner(data, collate_fn=None).fit(steps=2).tokens == sum(n - 1 for n in LENGTHS[:8])
+
+
+def test_late_signal_is_heard(tmp_path):
+    class Late:
+        def after_fit(self, learn): os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as e: learner(out_dir=tmp_path, cbs=[Late()]).fit(steps=2)
+    assert e.value.code == 143 and len(checkpoints(tmp_path)) == 1
