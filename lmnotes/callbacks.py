@@ -84,7 +84,7 @@ class EMA:
     @contextmanager
     def applied(self, model:nn.Module # the learner's
     ):
-        "Inside the block the model has the averages; afterwards, bit by bit, the weights that it had."
+        "Inside the block the model has the averages; afterwards, bit for bit, the weights that it had."
         named = {n: p for n, p in model.named_parameters() if n in self.averages}
         kept = copies(named)
         try:

@@ -157,3 +157,14 @@ def test_two_processes(book, tmp_path):
 def test_bad_input_in_python_is_an_error(tmp_path):
     with pytest.raises(LmnotesError, match='opt'): train('kjv', out=tmp_path/'o', opt='adam')
     assert not Path(tmp_path/'o').exists()
+
+
+def test_a_folder_of_someone_elses_is_left_alone(book, tmp_path):
+    "The model one starts from, in the very place where the new one would go."
+    load_model('gpt-tiny').save_pretrained(tmp_path/'own'/'model')
+    load_tokenizer('gpt-tiny').save_pretrained(tmp_path/'own'/'model')
+    (tmp_path/'own'/'model'/'README.md').write_text('mine')
+    before = {p.name: p.read_bytes() for p in (tmp_path/'own'/'model').iterdir()}
+    for model in ('gpt-tiny', str(tmp_path/'own'/'model')):
+        with pytest.raises(LmnotesError, match='out'): train(str(book), model=model, out=str(tmp_path/'own'), steps=1, resume=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path/'own'/'model').iterdir()} == before
