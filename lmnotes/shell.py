@@ -105,7 +105,19 @@ def usual_rate(
     size = sum(p.numel() for p in model.parameters())
     return OPTIMIZERS[opt][1] * min(1., 2.5e6 / size)**.25
 
-# %% ../nbs/06i_shell.ipynb #439c9ff7
+# %% ../nbs/06i_shell.ipynb #94b48d1c
+def _place(out, model, resume):
+    "The folder to write into: nothing of anybody else's is there"
+    out = Path(out).expanduser()
+    require(resume or not out.exists() or out.is_dir() and not any(out.iterdir()), 'out', str(out),
+            'a folder that is new or empty, or one to go on in, with resume')
+    started = not (out/'model').exists() or (out/'checkpoints').exists()
+    require(started, 'out', str(out), 'new, empty, or of an earlier lmnotes train')
+    own = Path(model).expanduser().resolve() == (out/'model').resolve()
+    require(not own, 'model', model, 'another folder than the one that is written at the end')
+    return out
+
+# %% ../nbs/06i_shell.ipynb #47fd6cf7
 def train(
     text:str, # a text file or a folder of them (txt, csv, jsonl, parquet), a bundled corpus, or a hub data set
     model:str='gpt-tiny', # what to start from: a bundled name, smollm2, a folder, or a hub id
@@ -136,12 +148,7 @@ def train(
 )->Learner: # trained, or interrupted
     """Fine-tune a language model on text. Writes model/ (in the format of transformers), report.json and checkpoints/
     into the folder `out`. LmnotesError names an argument that cannot be, before anything is written."""
-    out, make = Path(out).expanduser(), OPTIMIZERS[known_name(opt, OPTIMIZERS, 'optimizer')][0]
-    require(resume or not out.exists() or out.is_dir() and not any(out.iterdir()), 'out', str(out),
-            'a folder that is new or empty, or one to go on in, with resume')
-    require(not (out/'model').exists() or (out/'checkpoints').exists(), 'out', str(out), 'new, empty, or of an earlier lmnotes train')
-    own = Path(model).expanduser().resolve() == (out/'model').resolve()
-    require(not own, 'model', model, 'another folder than the one that is written at the end')
+    out, make = _place(out, model, resume), OPTIMIZERS[known_name(opt, OPTIMIZERS, 'optimizer')][0]
     require(steps is None or epochs is None and steps >= 1, 'steps', steps, '1 or more, or left out where epochs are given')
     n = setup(processes).num_processes
     rows, unseen, test, net, tokenizer = prepare(text, model, length, column, by, held_out)
