@@ -429,6 +429,7 @@ SCRIPT = '''
 import sys, time
 sys.path.insert(0, {here!r})
 from test_training import *
+torch.set_num_threads({threads})                          # sums of floats depend on how many add them up
 class Slow:
     def before_step(self, learn): print('step', learn.step, flush=True); time.sleep(.05)
 learn = learner(out_dir=sys.argv[1], dropout=.1, cbs=[Slow(), EMA(.9, swap=False), Validate(2, restore=False)]).fit(steps=int(sys.argv[2]), resume=True)
@@ -437,7 +438,8 @@ print('returned', learn.step, flush=True)
 
 
 def start(folder, steps):
-    return subprocess.Popen([sys.executable, '-c', SCRIPT.format(here=str(HERE)), str(folder), str(steps)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    script = SCRIPT.format(here=str(HERE), threads=torch.get_num_threads())
+    return subprocess.Popen([sys.executable, '-c', script, str(folder), str(steps)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
