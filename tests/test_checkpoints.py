@@ -574,7 +574,7 @@ def test_lock_of_a_killed_process_whose_children_live(tmp_path):
     child = int((tmp_path/'child').read_text())
     os.kill(child, 0)                                                       # it lives
     try:
-        with lock(tmp_path): pass
+        with lock(tmp_path): assert (tmp_path/'.lock').read_text().startswith(f'process {os.getpid()} ')     # ours now, not the dead one's
     finally: os.kill(child, signal.SIGKILL)
 
 def test_lock_where_there_are_none(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from lmnotes.optimizers import adamw, muon, sgd
 from lmnotes.precision import LossScaler, autocast, choose_precision, free_memory, out_of_memory, recompute, tensor_peak
 
 pytestmark = pytest.mark.gpu
-close = torch.testing.assert_close
+assert_close = torch.testing.assert_close
 
 
 def rows(n=64, T=64, V=512):
@@ -70,7 +70,7 @@ def test_fp16_without_end_is_an_error():
     learn = learner(m, precision='fp16')
     before = [p.detach().clone() for p in m.parameters()]
     with pytest.raises(LmnotesError, match='in a row'): learn.fit(steps=5)
-    for a, b in zip(before, m.parameters()): close(a, b, rtol=0, atol=0)
+    for a, b in zip(before, m.parameters()): assert_close(a, b, rtol=0, atol=0)
 
 
 def test_small_gradients_survive_by_scaling():
@@ -81,7 +81,7 @@ def test_small_gradients_survive_by_scaling():
         grads.append(torch.autograd.grad(y * scale, w)[0] / scale)
     exact = 64 * 1e-4 * 1e-5
     assert grads[0].abs().max() < .999 * exact or grads[0].abs().max() > 1.001 * exact
-    close(grads[1], torch.full_like(w, exact), rtol=2e-3, atol=0)
+    assert_close(grads[1], torch.full_like(w, exact), rtol=2e-3, atol=0)
 
 
 def test_real_out_of_memory_is_known_and_freed():
@@ -122,8 +122,8 @@ def test_memory_runs_out_and_the_step_stays_the_same():
             learn = make().fit(steps=4)
     finally: torch.cuda.set_per_process_memory_fraction(1.)
     assert any('memory ran out in step' in str(w.message) for w in said)
-    close(losses(learn), exact, rtol=1e-4, atol=1e-5)
-    for p, q in zip(learn.model.parameters(), weights): close(p.detach().cpu(), q, rtol=1e-2, atol=2e-3)
+    assert_close(losses(learn), exact, rtol=1e-4, atol=1e-5)
+    for p, q in zip(learn.model.parameters(), weights): assert_close(p.detach().cpu(), q, rtol=1e-2, atol=2e-3)
     free_memory()
     held = sum(p.nbytes for p in learn.model.parameters()) * 3
     assert torch.cuda.memory_allocated() < held + 64e6
@@ -142,13 +142,13 @@ def test_recompute(make):
         before = torch.cuda.memory_allocated()
         step()
         found[on] = torch.cuda.max_memory_allocated() - before, peak, [p.grad.clone() for p in m.parameters()]
-    for a, b in zip(found[True][2], found[False][2]): close(a, b, rtol=1e-10, atol=1e-12)
+    for a, b in zip(found[True][2], found[False][2]): assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert found[True][0] < .5 * found[False][0] and found[True][1] < .5 * found[False][1]
 
 
 def test_recompute_in_a_learner_under_bf16_with_dropout():
     plain, less = (learner(model(make=gpt2, dropout=.1), precision='bf16', recompute=on).fit(steps=8) for on in (False, True))
-    close(losses(less), losses(plain), rtol=1e-3, atol=1e-3)
+    assert_close(losses(less), losses(plain), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('opt', [adamw, sgd])
@@ -164,12 +164,12 @@ def test_optimizers_are_fused(opt):
 
 def test_compiled_equals_plain():
     plain, compiled = (learner(compile=on, precision='bf16').fit(steps=10) for on in (False, True))
-    close(losses(compiled), losses(plain), rtol=2e-2, atol=2e-2)
+    assert_close(losses(compiled), losses(plain), rtol=2e-2, atol=2e-2)
     assert list(compiled.model.state_dict()) == list(plain.model.state_dict())
 
 
 def test_workers_change_nothing():
-    close(losses(learner(num_workers=2).fit(steps=6)), losses(learner().fit(steps=6)), rtol=1e-5, atol=1e-6)
+    assert_close(losses(learner(num_workers=2).fit(steps=6)), losses(learner().fit(steps=6)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
@@ -184,8 +184,8 @@ def test_resume(tmp_path, precision):
     with pytest.raises(OSError, match='plug'): first.fit(steps=8)
     second = part().fit(steps=8, resume=True)
     assert second.step == 8
-    close(losses(second), losses(whole), rtol=1e-5, atol=1e-6)
-    for p, q in zip(second.model.parameters(), whole.model.parameters()): close(p, q, rtol=1e-4, atol=1e-5)
+    assert_close(losses(second), losses(whole), rtol=1e-5, atol=1e-6)
+    for p, q in zip(second.model.parameters(), whole.model.parameters()): assert_close(p, q, rtol=1e-4, atol=1e-5)
     if precision == 'fp16': assert second.scaler.state_dict() == whole.scaler.state_dict()
 
 
