@@ -651,3 +651,28 @@ def test_late_signal_is_heard(tmp_path):
         def after_fit(self, learn): os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit) as e: learner(out_dir=tmp_path, cbs=[Late()]).fit(steps=2)
     assert e.value.code == 143 and len(checkpoints(tmp_path)) == 1
+
+
+def test_memory_that_runs_out_in_the_update_is_named():
+    class Greedy(torch.optim.SGD):
+        def step(self, closure=None): raise torch.OutOfMemoryError('CUDA out of memory')
+    with pytest.raises(LmnotesError, match='opt: memory ran out in the update of step 0'): learner(opt=lambda m, lr: Greedy(m.parameters(), lr)).fit(steps=2)
+
+
+def test_state_wider_than_its_parameter_resumes(tmp_path):
+    "Masters in float32 of weights in bf16 come back in float32."
+    class Masters(torch.optim.SGD):
+        def step(self, closure=None):
+            for g in self.param_groups:
+                for p in g['params']:
+                    if p.grad is None: continue
+                    master = self.state[p].setdefault('master', p.detach().float().clone())
+                    master.sub_(p.grad.float(), alpha=g['lr'])
+                    p.data.copy_(master)
+    def make(name): return learner(model=lambda: MODELS['llama']().bfloat16(), opt=lambda m, lr: Masters(m.parameters(), lr), out_dir=tmp_path/name, save_every=2)
+    whole = make('a').fit(steps=6)
+    (tmp_path/'b').mkdir()
+    (tmp_path/'a'/'step-000002').rename(tmp_path/'b'/'step-000002')
+    again = make('b').fit(steps=6, resume=True)
+    assert all(s['master'].dtype == torch.float32 for s in again.opts[0].state.values())
+    assert_same(whole, again)
