@@ -12,7 +12,8 @@ discriminator, and is said so). Then all answer the same questions on held-out t
 - infilling: a hole of five tokens, filled greedily from the left;
 - probe: the section of the factbook that a field is from, by logistic regression on the mean of the last hidden states.
 """
-import argparse, datetime, json, math, platform, subprocess, time
+import argparse, datetime, json, math, multiprocessing, os, platform, subprocess, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 import torch
@@ -235,19 +236,29 @@ def prepare(n_rows=512, n_texts=1500):
     tokenizer = load_tokenizer('gpt-tiny')
     return dict(train=partial(train_rows, tokenizer), held_out=held_out(tokenizer, n_rows), topics=(topics(tokenizer, 'train', n_texts), topics(tokenizer, 'validation', 600)))
 
-def main(out, size, seeds, only):
+def start(threads):
+    "A worker reads the texts once."
+    global data
+    torch.set_num_threads(threads)
+    data = prepare()
+
+def work(name, seed, size): return run(name, seed, size, data)
+
+def main(out, size, seeds, only, jobs):
+    "The runs that are not there yet, one on each core (all cores on one run are slower: the model is small); on a GPU one after the other."
     settings = json.loads(json.dumps(dict(corpora=CORPORA, length=LENGTH, hole=HOLE, lr=LR, optimizer='muon', vocabulary=V, size=size)))
     stored = json.loads(out.read_text()) if out.exists() else dict(settings=settings, runs=[])
     if stored['settings'] != settings: raise SystemExit(f'{out} holds runs of other settings: move it away first')
     done = {(r['objective'], r['seed']) for r in stored['runs']}
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    data = prepare()
-    for seed in range(seeds):
-        for name in only or OBJECTIVES:
-            if (name, seed) in done: continue
-            stored['runs'].append(row := dict(run(name, seed, size, data), commit=commit))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), start, (max(1, os.cpu_count() // jobs),))
+    try:
+        todo = [pool.submit(work, name, seed, size) for seed in range(seeds) for name in only or OBJECTIVES if (name, seed) not in done]
+        for future in as_completed(todo):
+            stored['runs'].append(row := dict(future.result(), commit=commit))
             with atomic_write(out, 'w') as f: f.write(json.dumps(stored, indent=1) + '\n')
-            print(name, seed, {k: row[k] for k in ('bits_per_byte', 'cloze', 'infilling', 'probe', 'loss', 'parameters', 'train_seconds', 'seconds')}, flush=True)
+            print(row['objective'], row['seed'], {k: row[k] for k in ('bits_per_byte', 'cloze', 'infilling', 'probe', 'loss', 'parameters', 'train_seconds', 'seconds')}, flush=True)
+    finally: pool.shutdown(cancel_futures=True)
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -256,6 +267,7 @@ if __name__ == '__main__':
     ap.add_argument('--seeds', type=int, default=3)
     ap.add_argument('--only', nargs='+', choices=list(OBJECTIVES), metavar='OBJECTIVE', help=f'of {", ".join(OBJECTIVES)}')
     ap.add_argument('--out', type=Path)
+    ap.add_argument('--jobs', type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), help='runs at a time')
     a = ap.parse_args()
     size = dict(SIZES[a.size], **{'steps': a.steps} if a.steps else {})
-    main(a.out or assets('runs')/('objectives.json' if a.size == 'cpu' else 'objectives_gpu.json'), size, a.seeds, a.only)
+    main(a.out or assets('runs')/('objectives.json' if a.size == 'cpu' else 'objectives_gpu.json'), size, a.seeds, a.only, a.jobs)
