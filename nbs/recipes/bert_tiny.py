@@ -7,26 +7,24 @@ Factbook and the King James Bible, never on Shakespeare.
 
 Its tokenizer is that of `gpt-tiny` with four special tokens more; it is written first, if it is not there, by `python nbs/recipes/bert_tiny.py tokenizer`.
 """
-import argparse, hashlib, itertools, json, math, shutil, tempfile
-from pathlib import Path
-import numpy as np
+import itertools, json, math
 import torch
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
-from gpt_tiny import CORPORA, VOCAB, device_name, rows, token_lists
-from lmnotes.core import assets, seed_everything
+import tiny
+from tiny import BLOCK, CORPORA, VOCAB, command_line, halved, token_lists, write_config
+from lmnotes.core import assets
 from lmnotes.data import load_tokenizer
 from lmnotes.hub import load_model
 from lmnotes.masking import mlm
 from lmnotes.models import bert
 from lmnotes.optimizers import muon
 from lmnotes.positions import sinusoidal
-from lmnotes.training import Learner, Progress
 
 HOME = assets('models')/'bert-tiny'
 SPECIAL = dict(pad_token='<|pad|>', mask_token='<|mask|>', cls_token='<|cls|>', sep_token='<|sep|>')
 PAD, MASK, CLS, SEP = range(VOCAB, VOCAB + 4)
-BLOCK, ROWS, STEPS, LR, P = 512, 8, 3600, .03, .2
+STEPS, LR, P = 3600, .03, .2
 SHORT, SAMPLE = 126, 20
 SHAPE = dict(d_model=192, n_layers=4, n_heads=3, d_ff=640, max_len=BLOCK)
 
@@ -39,8 +37,7 @@ def make_tokenizer():
     tok.post_processor = TemplateProcessing(single=f'{cls} $A {sep}', pair=f'{cls} $A {sep} $B:1 {sep}:1', special_tokens=[(cls, CLS), (sep, SEP)])
     assert [tok.token_to_id(t) for t in SPECIAL.values()] == [PAD, MASK, CLS, SEP]
     tok.save(str(HOME/'tokenizer.json'))
-    (HOME/'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<|endoftext|>', eos_token='<|endoftext|>', **SPECIAL,
-        clean_up_tokenization_spaces=False, model_max_length=BLOCK, model_input_names=['input_ids', 'token_type_ids', 'attention_mask']), indent=1) + '\n', encoding='utf-8')
+    write_config(HOME, bos_token='<|endoftext|>', **SPECIAL, model_input_names=['input_ids', 'token_type_ids', 'attention_mask'])
 
 def framed(ids):
     "(B,T) ids with <|cls|> before and <|sep|> after each row, and which tokens are special"
@@ -52,11 +49,7 @@ def masked(ids, **how):
     ids, special = framed(ids)
     return mlm(ids, mask_id=MASK, vocab_size=VOCAB + 4, special_mask=special, random_ids=torch.arange(1, VOCAB), **how)
 
-def batch(block):
-    "Three batches of four train on half rows, as gpt-tiny does."
-    ids = torch.stack(block)
-    if int(ids.sum()) % 4: ids = ids.view(len(ids) * 2, -1)
-    return masked(ids, p=P)
+def batch(block): return masked(halved(block), p=P)
 
 @torch.no_grad()
 def local_start(model):
@@ -82,18 +75,12 @@ def optimizers(model, lr):
     opts[1].add_param_group({**group, 'params': [table], 'lr': group['lr'] / 50})
     return opts
 
-def train(seed, out, steps, lr=LR):
-    seed_everything(seed)
-    flat = rows(load_tokenizer('gpt-tiny'), seed).flatten()
-    width = BLOCK - 2
+def fresh():
     model = bert(VOCAB + 4, pad_id=PAD, **SHAPE)
     local_start(model)
-    learn = Learner(model, flat[:len(flat) // width * width].view(-1, width), collate_fn=batch, batch_size=ROWS, opt=optimizers, lr=lr, seed=seed, out_dir=out, save_every=200, keep=2, cbs=[Progress()])
-    learn.fit(steps=steps, resume=True)
-    if not (out/'model').exists(): learn.save(out/'model')
-    log = dict(seed=seed, steps=steps, tokens=learn.tokens, seconds=round(learn.seconds), device=device_name(), precision=str(learn.precision),
-               loss={str(h['step']): round(float(np.mean([k['loss'] for k in learn.history[max(0, h['step'] - 100):h['step']]])), 4) for h in learn.history if h['step'] % 100 == 0})
-    (out/'train.json').write_text(json.dumps(log, indent=1) + '\n')
+    return model
+
+def train(seed, out, steps): tiny.train(fresh, batch, seed, out, steps, width=BLOCK - 2, opt=optimizers, lr=LR)
 
 def lines(name, split, width):
     "All tokens of a split in rows of this width, documents parted by <|endoftext|>; the rest is left out"
@@ -138,22 +125,10 @@ def evaluate(seed, out):
     result = {k: {f: v if isinstance(v, int) else round(v, 4) for f, v in r.items()} for k, r in result.items()}
     (out/'evaluation.json').write_text(json.dumps(result, indent=1) + '\n')
 
-def publish(seed, home):
-    "Copy one seed's model into the package as float16, with a card that shows every seed that was evaluated."
-    model = load_model(home/f'seed-{seed}'/'model')
-    with tempfile.TemporaryDirectory() as tmp:
-        model.save_pretrained(Path(tmp)/'m', dtype=torch.float16)
-        for f in (Path(tmp)/'m').iterdir(): shutil.copy(f, HOME/f.name)
-    runs = {int(p.parent.name.split('-')[1]): dict(json.loads((p.parent/'train.json').read_text()), evaluation=json.loads(p.read_text())) for p in sorted(home.glob('seed-*/evaluation.json'))}
-    (HOME/'training.json').write_text(json.dumps(list(runs.values()), indent=1) + '\n', encoding='utf-8')
-    one, n, weights = runs[seed], sum(p.numel() for p in model.parameters()), HOME/'model.safetensors'
-    assert n <= 2_600_000 and weights.stat().st_size <= 5_300_000, (n, weights.stat().st_size)
-    table = '\n'.join(f"| {s} | {key.replace('/', ', ')} | {r['top1']:.1%} | {r['top5']:.1%} | {r['unigram_top1']:.1%} | {r['unigram_top5']:.1%} | {r['masked_perplexity']:.1f} | {r['unigram_perplexity']:.0f} "
-                      f"| {r['masked_tokens']:,} | {r['pseudo_perplexity']:.1f} | {r['pseudo_tokens']:,} |" for s, run in runs.items() for key, r in run['evaluation'].items())
-    curve = ', '.join(f'{v:.2f}' for k, v in one['loss'].items() if int(k) % 400 == 0)
-    (HOME/'README.md').write_text(CARD.format(parameters=n, bytes=weights.stat().st_size, sha=hashlib.sha256(weights.read_bytes()).hexdigest(), table=table, curve=curve, lr=LR, rows=ROWS, block=BLOCK,
-        half=BLOCK // 2 + 1, vocab=VOCAB, p=P, short=SHORT, sample=SAMPLE, **SHAPE, **{k: one[k] for k in ('seed', 'steps', 'tokens', 'seconds', 'device', 'precision')}), encoding='utf-8')
-    print(table)
+LINE = ('| {seed} | {text} | {top1:.1%} | {top5:.1%} | {unigram_top1:.1%} | {unigram_top5:.1%} | {masked_perplexity:.1f} | {unigram_perplexity:.0f} | {masked_tokens:,} '
+        '| {pseudo_perplexity:.1f} | {pseudo_tokens:,} |')
+
+def publish(seed, out): tiny.publish(HOME, seed, out, CARD, LINE, every=400, lr=LR, half=BLOCK // 2 + 1, p=P, short=SHORT, sample=SAMPLE, **SHAPE)
 
 CARD = """# bert-tiny
 
@@ -187,17 +162,4 @@ probabilities is not the probability of a text.
 The seed bundled here is {seed}. `training.json` has every run's loss curve and figures.
 """
 
-if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['tokenizer', 'train', 'evaluate', 'publish'])
-    ap.add_argument('--seed', type=int, default=0)
-    ap.add_argument('--steps', type=int, default=STEPS)
-    ap.add_argument('--out', type=Path, default=Path('out/bert-tiny'))
-    ap.add_argument('--threads', type=int)
-    a = ap.parse_args()
-    if a.threads: torch.set_num_threads(a.threads)
-    run = a.out/f'seed-{a.seed}'
-    if a.what == 'tokenizer' or not (HOME/'tokenizer.json').exists(): make_tokenizer()
-    if a.what == 'train': train(a.seed, run, a.steps)
-    if a.what == 'evaluate': evaluate(a.seed, run)
-    if a.what == 'publish': publish(a.seed, a.out)
+if __name__ == '__main__': command_line(__doc__, HOME, STEPS, make_tokenizer, train, evaluate, publish)

@@ -7,74 +7,32 @@ King James Bible, never on Shakespeare.
 
 The tokenizer is trained first, if it is not there, by `python nbs/recipes/gpt_tiny.py tokenizer`.
 """
-import argparse, hashlib, itertools, json, math, platform, shutil, tempfile
-from pathlib import Path
+import itertools, json, math
 import numpy as np
 import torch
-from lmnotes.core import assets, best_device, seed_everything
-from lmnotes.data import load_corpus, load_tokenizer, train_tokenizer
+import tiny
+from tiny import BLOCK, CORPORA, VOCAB, command_line, documents, halved, token_lists, write_config
+from lmnotes.core import assets
+from lmnotes.data import load_tokenizer, train_tokenizer
 from lmnotes.hub import load_model
 from lmnotes.lm import perplexity
 from lmnotes.models import llama
 from lmnotes.ngram import NGramLM
-from lmnotes.training import Learner, Progress
 
-CORPORA, HOME = ('factbook', 'kjv'), assets('models')/'gpt-tiny'
-VOCAB, BLOCK, ROWS, STEPS, LR = 4096, 512, 8, 2200, .03
+HOME, STEPS, LR = assets('models')/'gpt-tiny', 2200, .03
 SHAPE = dict(d_model=192, n_layers=4, n_heads=3, d_ff=512, max_len=BLOCK)
-
-def documents(name, split):
-    "The corpus as documents: a country with its sections, a chapter with its title."
-    rows = load_corpus(name, split).to_list()
-    if name == 'kjv': return [f"{r['book']} {r['chapter']}\n\n{r['text']}\n" for r in rows]
-    out = []
-    for country, fields in itertools.groupby(rows, lambda r: r['country']):
-        parts = [f'{country}\n']
-        for section, entries in itertools.groupby(fields, lambda r: r['section']):
-            parts += [f'\n{section}\n\n', *(f"{r['field']}: {r['text']}\n" for r in entries)]
-        out.append(''.join(parts))
-    return out
 
 def make_tokenizer():
     "Byte-level BPE on the training documents of both corpora."
     HOME.mkdir(parents=True, exist_ok=True)
     train_tokenizer((d for c in CORPORA for d in documents(c, 'train')), vocab_size=VOCAB).backend_tokenizer.save(str(HOME/'tokenizer.json'))
-    (HOME/'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<|endoftext|>', eos_token='<|endoftext|>',
-        clean_up_tokenization_spaces=False, model_max_length=BLOCK), indent=1) + '\n', encoding='utf-8')
+    write_config(HOME, bos_token='<|endoftext|>')
 
-def token_lists(tokenizer, name, split):
-    "Each document's ids, opened and closed by the end-of-text token."
-    end = tokenizer.eos_token_id
-    return [[end, *ids, end] for ids in tokenizer(documents(name, split), add_special_tokens=False, verbose=False)['input_ids']]
-
-def rows(tokenizer, seed):
-    "Training documents in a random order, one end-of-text token between them, cut into rows of BLOCK tokens."
-    docs = [d for c in CORPORA for d in token_lists(tokenizer, c, 'train')]
-    order = np.random.default_rng(seed).permutation(len(docs))
-    flat = torch.tensor([t for i in order for t in docs[i][:-1]])
-    return flat[:len(flat) // BLOCK * BLOCK].view(-1, BLOCK)
-
-def batch(block):
-    "Three batches of four train on half rows: more and shorter texts a step learn faster, some long ones teach the full length."
-    ids = torch.stack(block)
-    if int(ids.sum()) % 4: ids = ids.view(-1, BLOCK // 2)
-    return dict(input_ids=ids, labels=ids)
+def batch(block): return dict(input_ids=(ids := halved(block)), labels=ids)
 
 def train(seed, out, steps):
-    tokenizer = load_tokenizer('gpt-tiny')
-    seed_everything(seed)
-    end = tokenizer.eos_token_id
-    model = llama(VOCAB, bos_id=end, eos_id=end, **SHAPE)
-    learn = Learner(model, rows(tokenizer, seed), collate_fn=batch, batch_size=ROWS, lr=LR, seed=seed, out_dir=out, save_every=200, cbs=[Progress()])
-    learn.fit(steps=steps, resume=True)
-    if not (out/'model').exists(): learn.save(out/'model')
-    log = dict(seed=seed, steps=steps, tokens=learn.tokens, seconds=round(learn.seconds), tokens_per_second=round(learn.tokens / learn.seconds), device=device_name(), precision=learn.precision,
-               loss={str(h['step']): round(float(np.mean([k['loss'] for k in learn.history[max(0, h['step'] - 100):h['step']]])), 4) for h in learn.history if h['step'] % 100 == 0})
-    (out/'train.json').write_text(json.dumps(log, indent=1) + '\n')
-
-def device_name():
-    d = best_device()
-    return torch.cuda.get_device_name(d) if d.type == 'cuda' else f'{d.type}, {torch.get_num_threads()} threads, {platform.machine()}'
+    end = load_tokenizer('gpt-tiny').eos_token_id
+    tiny.train(lambda: llama(VOCAB, bos_id=end, eos_id=end, **SHAPE), batch, seed, out, steps, lr=LR)
 
 def evaluate(seed, out):
     tokenizer, model, result = load_tokenizer('gpt-tiny'), load_model(out/'model'), {}
@@ -91,21 +49,9 @@ def evaluate(seed, out):
     (out/'evaluation.json').write_text(json.dumps(result, indent=1) + '\n')
     print(json.dumps(result, indent=1))
 
-def publish(seed, home):
-    "Copy one seed's model into the package as float16, with a card that shows every seed that was evaluated."
-    model = load_model(home/f'seed-{seed}'/'model')
-    with tempfile.TemporaryDirectory() as tmp:
-        model.save_pretrained(Path(tmp)/'m', dtype=torch.float16)
-        for f in (Path(tmp)/'m').iterdir(): shutil.copy(f, HOME/f.name)
-    runs = {int(p.parent.name.split('-')[1]): dict(json.loads((p.parent/'train.json').read_text()), evaluation=json.loads(p.read_text())) for p in sorted(home.glob('seed-*/evaluation.json'))}
-    (HOME/'training.json').write_text(json.dumps(list(runs.values()), indent=1) + '\n', encoding='utf-8')
-    one, n = runs[seed], sum(p.numel() for p in model.parameters())
-    table = '\n'.join(f"| {s} | {key.replace('/', ', ')} | {r['perplexity']:.2f} | {r['bits_per_byte']:.4f} | {r['bits_per_byte_5gram']:.4f} | {r['below_5gram']:.1%} |"
-                      for s, run in runs.items() for key, r in run['evaluation'].items())
-    curve = ', '.join(f'{v:.2f}' for k, v in one['loss'].items() if int(k) % 200 == 0)
-    (HOME/'README.md').write_text(CARD.format(parameters=n, bytes=(HOME/'model.safetensors').stat().st_size, sha=hashlib.sha256((HOME/'model.safetensors').read_bytes()).hexdigest(),
-        table=table, curve=curve, lr=LR, rows=ROWS, block=BLOCK, half=BLOCK // 2, vocab=VOCAB, **SHAPE, **{k: one[k] for k in ('seed', 'steps', 'tokens', 'seconds', 'device', 'precision')}), encoding='utf-8')
-    print(table)
+LINE = '| {seed} | {text} | {perplexity:.2f} | {bits_per_byte:.4f} | {bits_per_byte_5gram:.4f} | {below_5gram:.1%} |'
+
+def publish(seed, out): tiny.publish(HOME, seed, out, CARD, LINE, lr=LR, half=BLOCK // 2, **SHAPE)
 
 CARD = """# gpt-tiny
 
@@ -134,17 +80,4 @@ same training documents, on the same tokens.
 The seed bundled here is {seed}. `training.json` has every run's loss curve and figures.
 """
 
-if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['tokenizer', 'train', 'evaluate', 'publish'])
-    ap.add_argument('--seed', type=int, default=0)
-    ap.add_argument('--steps', type=int, default=STEPS)
-    ap.add_argument('--out', type=Path, default=Path('out/gpt-tiny'))
-    ap.add_argument('--threads', type=int)
-    a = ap.parse_args()
-    if a.threads: torch.set_num_threads(a.threads)
-    run = a.out/f'seed-{a.seed}'
-    if a.what == 'tokenizer' or not (HOME/'tokenizer.json').exists(): make_tokenizer()
-    if a.what == 'train': train(a.seed, run, a.steps)
-    if a.what == 'evaluate': evaluate(a.seed, run)
-    if a.what == 'publish': publish(a.seed, a.out)
+if __name__ == '__main__': command_line(__doc__, HOME, STEPS, make_tokenizer, train, evaluate, publish)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from gpt_tiny import CORPORA, token_lists
+from tiny import CORPORA, token_lists
 from lmnotes.batches import collate
 from lmnotes.core import assets, atomic_write, seed_everything
 from lmnotes.data import load_corpus, load_tokenizer

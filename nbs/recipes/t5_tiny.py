@@ -7,26 +7,25 @@ Factbook and the King James Bible, never on Shakespeare.
 
 Its tokenizer is that of `gpt-tiny` with padding and 100 sentinels more; it is written first, if it is not there, by `python nbs/recipes/t5_tiny.py tokenizer`.
 """
-import argparse, hashlib, itertools, json, shutil, tempfile
-from pathlib import Path
+import itertools, json
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import pad
-from gpt_tiny import CORPORA, VOCAB, device_name, rows, token_lists
-from lmnotes.core import assets, seed_everything
+import tiny
+from tiny import BLOCK, CORPORA, VOCAB, command_line, halved, token_lists, write_config
+from lmnotes.core import assets
 from lmnotes.data import load_tokenizer
 from lmnotes.hub import load_model
 from lmnotes.models import t5
 from lmnotes.scoring import token_loss
 from lmnotes.spans import span_corruption
-from lmnotes.training import Learner, Progress
 
 HOME, EOS, PAD, N = assets('models')/'t5-tiny', 0, VOCAB, 100
 V = VOCAB + 1 + N
 SENTINELS = range(V - 1, VOCAB, -1)                         # <extra_id_0> has the last id, as in T5
-BLOCK, ROWS, STEPS, LR, P, SPAN = 512, 8, 3600, .02, .15, 3.
+STEPS, LR, P, SPAN = 3600, .02, .15, 3.
 SHAPE = dict(d_model=128, n_layers=3, n_heads=4, d_ff=384)
 
 def make_tokenizer():
@@ -40,18 +39,13 @@ def make_tokenizer():
     tok.post_processor = TemplateProcessing(single=f'$A {end}', pair=f'$A {end} $B {end}', special_tokens=[(end, EOS)])
     assert tok.token_to_id(end) == EOS and tok.token_to_id('<|pad|>') == PAD and [tok.token_to_id(f'<extra_id_{i}>') for i in range(N)] == list(SENTINELS)
     tok.save(str(HOME/'tokenizer.json'))
-    (HOME/'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=end, pad_token='<|pad|>',
-        clean_up_tokenization_spaces=False, model_max_length=BLOCK, model_input_names=['input_ids', 'attention_mask']), indent=1) + '\n', encoding='utf-8')
+    write_config(HOME, pad_token='<|pad|>', model_input_names=['input_ids', 'attention_mask'])
 
 def corrupted(ids, **how):
     "A batch for the model; an end-of-text token within a row, between two documents, is never dropped."
     return span_corruption(ids, sentinel_ids=SENTINELS, eos_id=EOS, pad_id=PAD, special_mask=ids == EOS, **how)
 
-def batch(block):
-    "Three batches of four train on half rows, as gpt-tiny does."
-    ids = torch.stack(block)
-    if int(ids.sum()) % 4: ids = ids.view(len(ids) * 2, -1)
-    return corrupted(ids, p=P, mean_span=SPAN)
+def batch(block): return corrupted(halved(block), p=P, mean_span=SPAN)
 
 def fresh():
     "T5 1.1's choices. Queries start small, as in T5, which does not divide scores by the root of the head's width."
@@ -64,14 +58,7 @@ def fresh():
                 if stack is model.decoder: block.cross.q.weight *= K**-.5
     return model
 
-def train(seed, out, steps, lr=LR):
-    seed_everything(seed)
-    learn = Learner(fresh(), rows(load_tokenizer('gpt-tiny'), seed), collate_fn=batch, batch_size=ROWS, lr=lr, seed=seed, out_dir=out, save_every=200, cbs=[Progress()])
-    learn.fit(steps=steps, resume=True)
-    if not (out/'model').exists(): learn.save(out/'model')
-    log = dict(seed=seed, steps=steps, tokens=learn.tokens, seconds=round(learn.seconds), device=device_name(), precision=str(learn.precision),
-               loss={str(h['step']): round(float(np.mean([k['loss'] for k in learn.history[max(0, h['step'] - 100):h['step']]])), 4) for h in learn.history if h['step'] % 100 == 0})
-    (out/'train.json').write_text(json.dumps(log, indent=1) + '\n')
+def train(seed, out, steps): tiny.train(fresh, batch, seed, out, steps, lr=LR)
 
 # ---- held-out text
 
@@ -137,22 +124,10 @@ def evaluate(seed, out):
     (out/'evaluation.json').write_text(json.dumps(result, indent=1) + '\n')
     print(json.dumps(result, indent=1))
 
-def publish(seed, home):
-    "Copy one seed's model into the package as float16, with a card that shows every seed that was evaluated."
-    model = load_model(home/f'seed-{seed}'/'model')
-    with tempfile.TemporaryDirectory() as tmp:
-        model.save_pretrained(Path(tmp)/'m', dtype=torch.float16)
-        for f in (Path(tmp)/'m').iterdir(): shutil.copy(f, HOME/f.name)
-    runs = {int(p.parent.name.split('-')[1]): dict(json.loads((p.parent/'train.json').read_text()), evaluation=json.loads(p.read_text())) for p in sorted(home.glob('seed-*/evaluation.json'))}
-    (HOME/'training.json').write_text(json.dumps(list(runs.values()), indent=1) + '\n', encoding='utf-8')
-    one, n = runs[seed], sum(p.numel() for p in model.parameters())
-    table = '\n'.join(f"| {s} | {key.replace('/', ', ')} | {r['nats']:.3f} | {r['nats_text']:.3f} | {r['nats_text_unigram']:.3f} | {r['exact']:.1%} of {r['spans']:,} | {r['exact_copy']:.1%} |"
-                      for s, run in runs.items() for key, r in run['evaluation'].items())
-    curve = ', '.join(f'{v:.2f}' for k, v in one['loss'].items() if int(k) % 200 == 0)
-    (HOME/'README.md').write_text(CARD.format(parameters=n, bytes=(HOME/'model.safetensors').stat().st_size, sha=hashlib.sha256((HOME/'model.safetensors').read_bytes()).hexdigest(),
-        table=table, curve=curve, lr=LR, rows=ROWS, block=BLOCK, half=BLOCK // 2, vocab=VOCAB, sentinels=N, pad=PAD, first=SENTINELS[0], p=P, span=SPAN, width=WIDTH, sample=SAMPLE,
-        **SHAPE, **{k: one[k] for k in ('seed', 'steps', 'tokens', 'seconds', 'device', 'precision')}), encoding='utf-8')
-    print(table)
+LINE = '| {seed} | {text} | {nats:.3f} | {nats_text:.3f} | {nats_text_unigram:.3f} | {exact:.1%} of {spans:,} | {exact_copy:.1%} |'
+
+def publish(seed, out):
+    tiny.publish(HOME, seed, out, CARD, LINE, lr=LR, half=BLOCK // 2, sentinels=N, pad=PAD, first=SENTINELS[0], p=P, span=SPAN, width=WIDTH, sample=SAMPLE, **SHAPE)
 
 CARD = """# t5-tiny
 
@@ -185,18 +160,4 @@ greedily, and a span counts if it is filled in exactly. Beside it a baseline tha
 The seed bundled here is {seed}. `training.json` has every run's loss curve and figures.
 """
 
-if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['tokenizer', 'train', 'evaluate', 'publish'])
-    ap.add_argument('--seed', type=int, default=0)
-    ap.add_argument('--steps', type=int, default=STEPS)
-    ap.add_argument('--lr', type=float, default=LR)
-    ap.add_argument('--out', type=Path, default=Path('out/t5-tiny'))
-    ap.add_argument('--threads', type=int)
-    a = ap.parse_args()
-    if a.threads: torch.set_num_threads(a.threads)
-    run = a.out/f'seed-{a.seed}'
-    if a.what == 'tokenizer' or not (HOME/'tokenizer.json').exists(): make_tokenizer()
-    if a.what == 'train': train(a.seed, run, a.steps, a.lr)
-    if a.what == 'evaluate': evaluate(a.seed, run)
-    if a.what == 'publish': publish(a.seed, a.out)
+if __name__ == '__main__': command_line(__doc__, HOME, STEPS, make_tokenizer, train, evaluate, publish)
