@@ -93,7 +93,7 @@ def _try(model):
     heard = same(packed, run(other, b, **given), near / 10)
     return dict(mask=heard, packs=heard and same(packed, alone), left=same(padded, alone), shift=shift)
 
-# %% ../nbs/04e_inputs.ipynb #98636be6
+# %% ../nbs/04e_inputs.ipynb #e26a8998
 def _check_mask(batch):
     ids, mask = batch.get('input_ids'), batch.get('attention_mask')
     require(isinstance(ids, Tensor) and ids.ndim == 2, 'batch', list(batch), 'a dictionary with input_ids, a (B,T) tensor')
@@ -103,6 +103,13 @@ def _check_mask(batch):
     require(ok, 'attention_mask.shape', tuple(shape), f'({B},S) or ({B},1,{T},S)')
     require(mask.ndim == 2 or mask.dtype == torch.bool, 'attention_mask.dtype', mask.dtype,
             'torch.bool where it has four dimensions, True = may attend')
+
+def _check_past(model, name, mask):
+    "A causal model cannot obey a mask that allows later tokens; looked at on a CPU only, a GPU would have to wait"
+    if mask is None or mask.device.type != 'cpu' or mask.ndim == 2 or mask.shape[2] == 1 or model_kind(model) != 'causal': return
+    later = (mask & ~causal_mask(*mask.shape[2:])).any()
+    require(not later, 'attention_mask', 'one under which places read later ones',
+            f'mask & causal_mask(T), or segment_ids for packed texts: {name} reads the past alone, and moves labels by itself')
 
 def _read_by_mask(model, name, mask, T):
     "The caller's mask and the model's own rule, in the form the model reads"
@@ -124,19 +131,21 @@ def _place(model, name, batch, places):
     require(_takes(model)['left'] and not real.all(), 'position_ids', places, f'0, 1, 2, … in each row: {name} takes none')
     return {}
 
-# %% ../nbs/04e_inputs.ipynb #40a37a07
+# %% ../nbs/04e_inputs.ipynb #416dab51
 def model_inputs(model:nn.Module, # ours or one of transformers
                  batch:Mapping, # input_ids (B,T) and any of labels, attention_mask, position_ids, segment_ids, …
                  )->dict: # what to call the model with
     """A batch in the form that this model takes: masks of four dimensions, causal ones in a causal model; positions from mask
     or segments; labels without each text's first token. Keys that its forward does not have are left out. LmnotesError
-    names a model that would read the batch wrong."""
+    names a model that would read the batch wrong. A mask by which a causal model would read ahead is refused on a CPU; on a
+    GPU, which would have to wait, nothing looks."""
     _check_mask(batch)
     model, batch = _unwrapped(model), _with_positions(batch)
     name = f'{type(model).__name__} with {getattr(_config(model), "_attn_implementation", "its own")} attention'
     if _shifts(model) and batch.get('labels') is not None:
         batch['labels'] = F.pad(causal_targets(batch), (1, 0), value=-100)[:, :-1]
     segments, mask, places = batch.pop('segment_ids', None), batch.get('attention_mask'), batch.pop('position_ids', None)
+    _check_past(model, name, mask)
     if segments is not None:
         require(_takes(model)['packs'], 'model', name, 'one that can keep packed texts apart: give each a row of its own')
         if mask is not None and mask.ndim == 2: segments = segments.masked_fill(~mask.bool(), 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .core import LmnotesTypeError, require
 from .draws import Draws, check_rate, choose, real_and_free
 
-# %% ../nbs/05c_masking.ipynb #8092916f
+# %% ../nbs/05c_masking.ipynb #e52b741f
 def check_replacement(
     mask_id:int, # the id that hides a token
     vocab_size:int, # V, number of ids; mask_id is one of them
@@ -32,8 +32,10 @@ def check_replacement(
     if random_ids is None: return
     fine = isinstance(random_ids, Tensor) and random_ids.ndim == 1 and len(random_ids) > 0 and random_ids.dtype == torch.int64
     require(fine, 'random_ids', random_ids, 'None or an int64 tensor (N,) of ids')
+    inside = random_ids.device.type != 'cpu' or bool(((random_ids >= 0) & (random_ids < vocab_size)).all())    # a GPU is not asked
+    require(inside, 'random_ids', random_ids, f'ids of the vocabulary, from 0 to {vocab_size - 1}')
 
-# %% ../nbs/05c_masking.ipynb #84bdffea
+# %% ../nbs/05c_masking.ipynb #c3d3d054
 def corrupt(
     ids:Tensor, # (B,T) token ids
     chosen:Tensor, # (B,T) True = hidden and asked for
@@ -42,7 +44,7 @@ def corrupt(
     mask_id:int, # the id that hides a token
     vocab_size:int, # V, number of ids; mask_id is one of them
     replace=(.8, .1, .1), # shares of mask, random token, kept; they add up to 1
-    random_ids:Tensor|None=None, # (N,) ids a random token is drawn from; all V by default, special ones too
+    random_ids:Tensor|None=None, # (N,) on the device of ids: what a random token is drawn from; all V by default, special ones too
     group:Tensor|None=None, # (B,T) numbers below T: places with the same one share their fate; each has its own by default
 )->tuple[Tensor, Tensor]: # input_ids and labels, (B,T): the labels are the ids at chosen places, -100 elsewhere
     "Hide the chosen tokens by equation (5c.2). LmnotesError names an argument that cannot be."
@@ -109,16 +111,16 @@ def word_starts(
     after[:, 0] = True
     return edges[..., 0] | after
 
-# %% ../nbs/05c_masking.ipynb #c02eab98
+# %% ../nbs/05c_masking.ipynb #6b7e562c
 def span_lengths(
     u:Tensor, # any shape, in [0,1)
     spans:float, # in (0,1], the chance that a span ends after each unit
     longest:int, # no span is longer
 )->Tensor: # int64, 1 to longest
     "Lengths that fall off geometrically, equation (5c.3): the u share of the distribution lies below each."
-    q = 1 - spans
-    if q == 0: return torch.ones_like(u, dtype=torch.long)
-    return (torch.log1p(-u * (1 - q**longest)) / math.log(q)).long().clamp_(0, longest - 1) + 1
+    if spans == 1: return torch.ones_like(u, dtype=torch.long)
+    log_q = math.log1p(-max(spans, 1e-9))                     # below 1e-9 all lengths are equally likely, to the last digit
+    return (torch.log1p(u * math.expm1(longest * log_q)) / log_q).long().clamp_(0, longest - 1) + 1
 
 # %% ../nbs/05c_masking.ipynb #d5d3db80
 def lay_spans(
@@ -139,7 +141,7 @@ def lay_spans(
     piece = width.new_zeros(len(u), T + 1).scatter_(1, start, 1)[:, :T].cumsum(-1) - 1
     return is_span.gather(1, piece) & (place < n[:, None]), piece
 
-# %% ../nbs/05c_masking.ipynb #efee5f94
+# %% ../nbs/05c_masking.ipynb #9338121a
 def mlm(
     ids:Tensor, # (B,T) token ids
     *,
@@ -151,7 +153,7 @@ def mlm(
     spans:float|None=None, # in (0,1], chance that a span ends after each token (or word), .2 in SpanBERT; None: none
     max_span:int=10, # no span is longer, in tokens (or words)
     exact:bool=False, # round(p * free) of each row, 1 or more, not each with probability p; with spans always so
-    random_ids:Tensor|None=None, # (N,) ids a random token is drawn from; all V by default, special ones too
+    random_ids:Tensor|None=None, # (N,) on the device of ids: what a random token is drawn from; all V by default, special ones too
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True = never chosen; none by default
     generator:torch.Generator|None=None, # on the device of ids; torch's own by default

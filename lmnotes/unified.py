@@ -47,7 +47,7 @@ def check_proportions(
     require(fine, 'proportions', proportions, f'four shares that add up to 1: {", ".join(KINDS)}')
     return [sum(proportions[:k + 1]) for k in range(3)]
 
-# %% ../nbs/05f_unified.ipynb #e82154f5
+# %% ../nbs/05f_unified.ipynb #8ea10be8
 def unilm(
     ids:Tensor, # (B,T) token ids
     *,
@@ -57,7 +57,7 @@ def unilm(
     p:float=.15, # in [0,1], chance of a free token to be asked for
     proportions=(1/3, 1/6, 1/6, 1/3), # of bidirectional, left-to-right, right-to-left, sequence-to-sequence rows
     replace=(.8, .1, .1), # shares of mask, random token, kept among the chosen
-    random_ids:Tensor|None=None, # (N,) ids a random token is drawn from; all V by default, special ones too
+    random_ids:Tensor|None=None, # (N,) on the device of ids: what a random token is drawn from; all V by default, special ones too
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True = never chosen; none by default
     generator:torch.Generator|None=None, # on the device of ids; torch's own by default
@@ -65,7 +65,8 @@ def unilm(
 )->dict[str, Tensor]: # input_ids, position_ids, token_type_ids, labels (B,T); attention_mask (B,1,T,T); kinds (B,)
     """A batch for UniLM's pretraining ([Dong et al. 2019](https://arxiv.org/abs/1905.03197)), equations (5f.1) to (5f.3):
     each row draws one of four masks, and under each the question is the same, which token was here? Nothing moves, and the
-    model does not shift. The kinds are for the reader. LmnotesError names an argument that cannot be."""
+    model does not shift. kinds are for the reader: call a model by model(**model_inputs(model, batch)), which leaves them
+    out. LmnotesError names an argument that cannot be."""
     (real, free), ends, (B, T) = real_and_free(ids, attention_mask, special_mask), check_proportions(proportions), ids.shape
     require(T >= 2, 'ids.shape', (B, T), '(B,T) with T of 2 or more: a source and a target')
     p, at, draws = check_rate(p, 'p'), _places(real), Draws(ids, generator, seeds)

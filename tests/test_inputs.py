@@ -165,6 +165,18 @@ def test_a_prefix_mask_in_an_encoder():
     assert (a - b)[:, :8].abs().max() < 1e-5 and (a - b)[:, 8].abs().max() > 1e-2
 
 
+@pytest.mark.parametrize('make_one', [lambda: make(PACK['GPT2'], 'eager'), lambda: llama(97, d_model=32, n_heads=4)])
+def test_a_mask_that_reads_ahead_is_refused_by_causal_models(make_one):
+    "Prefixes, both ways, another text's mask; not causal ones, padding, or packed texts by their segments"
+    model, past, places = make_one(), torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9), torch.arange(9)
+    ahead = [past | (places < 2), torch.ones_like(past), past.transpose(2, 3), past | ((places == 8) & (torch.arange(2) == 1)[:, None, None, None])]
+    for mask in ahead:
+        for more in ({}, dict(labels=IDS), dict(segment_ids=SEGMENTS)):
+            with pytest.raises(LmnotesError, match='attention_mask'): model_inputs(model, dict(input_ids=IDS, attention_mask=mask, **more))
+    for mask in (past, (places < 6).expand(2, 1, 1, 9), past & (places > 0)):
+        for more in ({}, dict(segment_ids=SEGMENTS)): assert 'attention_mask' in model_inputs(model, dict(input_ids=IDS, attention_mask=mask, **more))
+
+
 @pytest.mark.parametrize('bad,name', [
     (dict(input_ids=IDS[0]), 'batch'), (dict(labels=IDS), 'batch'), (dict(input_ids=IDS, attention_mask=torch.ones(2, 9, 9).bool()), 'attention_mask.shape'),
     (dict(input_ids=IDS, attention_mask=torch.ones(2, 1, 9, 9)), 'attention_mask.dtype'), (dict(input_ids=IDS, attention_mask=torch.ones(3, 9)), 'attention_mask.shape'),

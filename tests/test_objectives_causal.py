@@ -210,6 +210,15 @@ def test_prefix_lm_leaks_nothing(make):
         assert torch.equal(moves & real, batch['attention_mask'][:, 0, :, s] & real)
 
 
+@pytest.mark.parametrize('make', [lambda: theirs('GPT2'), lambda: theirs('Llama'), *OURS.values()])
+def test_a_prefix_batch_is_refused_by_causal_models(make):
+    "They would move its labels once more, and not read the prefix both ways; packed rows of clm stay as they were"
+    model, ids = make(), torch.randint(97, (2, 9))
+    for given in (dict(prefix_lengths=torch.tensor([1, 3])), dict(seeds=torch.arange(2))):
+        with pytest.raises(LmnotesError, match='attention_mask'): token_loss(model, prefix_lm(ids, **given))
+    assert token_loss(model, clm(ids, segment_ids=torch.arange(9).expand(2, 9) // 5))[1] == 2 * 7
+
+
 def test_a_prefix_of_one_is_next_token_prediction():
     torch.manual_seed(0)
     shape = dict(d_model=32, n_layers=2, n_heads=4, d_ff=48)

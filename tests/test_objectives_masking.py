@@ -167,6 +167,12 @@ def test_lengths_of_spans(s, longest):
     assert span_lengths(torch.tensor([0.]), s, longest).tolist() == [1] and found.max() <= longest
 
 
+@pytest.mark.parametrize('s', [1e-6, 1e-9, 1e-20, 1e-300])
+def test_spans_that_hardly_ever_end_have_even_lengths(s):
+    found = span_lengths(torch.rand(100_000, generator=torch.Generator().manual_seed(0)), s, 10)
+    assert_close(found.bincount(minlength=11)[1:] / 100_000, torch.full((10,), .1), atol=.005, rtol=0)
+
+
 def test_every_arrangement_is_as_likely():
     "n = 5, two spans of lengths 2 and 1: four pieces, six arrangements"
     N = 12_000
@@ -238,6 +244,7 @@ def test_nothing_to_predict_adds_nothing():
     (dict(replace=(1.2, -.1, -.1)), 'replace'), (dict(spans=0.), 'spans'), (dict(spans=2), 'spans'),
                                         (dict(spans=.2, max_span=0), 'max_span'),
                                         (dict(words=torch.ones(2, 4)), 'words'), (dict(words=[1]), 'words'),
+    (dict(random_ids=torch.tensor([5, V])), 'random_ids'), (dict(random_ids=torch.tensor([-1])), 'random_ids'),
     (dict(random_ids=[1]), 'random_ids'), (dict(attention_mask=torch.ones(1, 5)), 'attention_mask'),
                                         (dict(seeds=torch.ones(2, dtype=torch.long), generator=torch.Generator()),
                                          'seeds')], ids=str)
