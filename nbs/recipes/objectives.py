@@ -236,6 +236,23 @@ def prepare(n_rows=512, n_texts=1500):
     tokenizer = load_tokenizer('gpt-tiny')
     return dict(train=partial(train_rows, tokenizer), held_out=held_out(tokenizer, n_rows), topics=(topics(tokenizer, 'train', n_texts), topics(tokenizer, 'validation', 600)))
 
+def baselines(size, data):
+    "What can be had without learning: guesses by frequency in the training text, and the probe on models as they are drawn."
+    counts = data['train'](0).flatten().bincount(minlength=TOKENS).double()
+    counts[0] = 0                                           # the end of a text is never an answer
+    common, logp = counts.argmax(), (counts + 1).div((counts + 1).sum()).log()
+    rows, sizes = data['held_out']
+    cloze_at = torch.cat([ids[:, at] for ids, at in holes(rows)])
+    hole_at = torch.cat([ids[:, at:at + HOLE] for ids, at in holes(rows)])
+    (_, y), (_, z) = data['topics']
+    drawn = {}
+    for kind in ('decoder', 'encoder', 'encoder-decoder'):
+        seed_everything(0)
+        with evaluating(model := Transformer(transformer(size, kind))): drawn[kind] = round(probe(model, data['topics']), 4)
+    share = lambda hit: round(hit.double().mean().item(), 4)
+    return dict(bits_per_byte=round(-logp[rows[:, 1:]].sum().item() / math.log(2) / sum(sizes), 4), cloze=share(cloze_at == common), cloze_nats=round(-logp[cloze_at].mean().item(), 4), infilling=share(hole_at == common),
+                probe_majority=round(z.count(max(set(y), key=y.count)) / len(z), 4), probe_untrained=drawn, n_cloze=len(rows), n_infilling=HOLE * len(rows), n_probe=len(z))
+
 def start(threads):
     "A worker reads the texts once."
     global data
@@ -247,7 +264,7 @@ def work(name, seed, size): return run(name, seed, size, data)
 def main(out, size, seeds, only, jobs):
     "The runs that are not there yet, one on each core (all cores on one run are slower: the model is small); on a GPU one after the other."
     settings = json.loads(json.dumps(dict(corpora=CORPORA, length=LENGTH, hole=HOLE, lr=LR, optimizer='muon', vocabulary=V, size=size)))
-    stored = json.loads(out.read_text()) if out.exists() else dict(settings=settings, runs=[])
+    stored = json.loads(out.read_text()) if out.exists() else dict(settings=settings, baselines=baselines(size, prepare()), runs=[])
     if stored['settings'] != settings: raise SystemExit(f'{out} holds runs of other settings: move it away first')
     done = {(r['objective'], r['seed']) for r in stored['runs']}
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()

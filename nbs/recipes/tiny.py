@@ -54,6 +54,7 @@ def train(make, batch, seed, out, steps, width=BLOCK, **settings):
     model = make()
     learn = Learner(model, flat[:len(flat) // width * width].view(-1, width), collate_fn=batch, batch_size=ROWS, seed=seed, out_dir=out, save_every=200, keep=2, cbs=[Progress()], **settings)
     learn.fit(steps=steps, resume=True)
+    if learn.step < steps: return                           # interrupted: the same command goes on
     if not (out/'model').exists(): learn.save(out/'model')
     log = dict(seed=seed, steps=steps, tokens=learn.tokens, seconds=round(learn.seconds), tokens_per_second=round(learn.tokens / learn.seconds), device=device_name(), precision=str(learn.precision),
                loss={str(h['step']): round(float(np.mean([k['loss'] for k in learn.history[max(0, h['step'] - 100):h['step']]])), 4) for h in learn.history if h['step'] % 100 == 0})
