@@ -18,19 +18,20 @@ from .loss import LMOutput
 from .draws import Draws, real_and_free
 from .masking import original
 
-# %% ../nbs/05i_detection.ipynb #a09282c4
+# %% ../nbs/05i_detection.ipynb #8f1ef1d4
 @torch.no_grad()
 def sample_ids(
     logits:Tensor, # (...,V) unnormalized log-probabilities
     u:Tensor, # (...) in [0,1)
 )->Tensor: # (...) int64 ids, without a gradient
-    """One id a place by equation (5i.1), from one random number each. LmnotesError where logits are not finite (looked
-    at on a CPU only: a GPU would have to stop and answer)."""
+    """One id per position by equation (5i.1), from one random number each. The sums are of whole numbers, so they are the
+    same in any order and on any device. LmnotesError where logits are NaN or inf (looked at on a CPU only)."""
     require(logits.shape[:-1] == u.shape, 'logits.shape', tuple(logits.shape), f'{tuple(u.shape)} and V')
-    total = logits.float().softmax(-1).cumsum(-1)
-    if not logits.is_cuda: require(bool(total.isfinite().all()), 'logits', 'with NaN or inf', 'finite')
-    found = torch.searchsorted(total, u[..., None] * total[..., -1:], right=True)[..., 0]
-    return found.clamp(max=logits.shape[-1] - 1)
+    probs = logits.float().softmax(-1)
+    if not logits.is_cuda: require(bool(probs.isfinite().all()), 'logits', 'with NaN or inf', 'finite')
+    total = (probs * 2.**38).long().cumsum(-1)                           # in units of 2**-38
+    below = (u[..., None] * 2**24).long() * total[..., -1:] >> 24        # u as so many 2**-24: all that float32 has
+    return torch.searchsorted(total, below, right=True)[..., 0]
 
 # %% ../nbs/05i_detection.ipynb #02cf3dbe
 def replaced_token_detection(
@@ -86,7 +87,7 @@ class ElectraOutput:
     batch:dict                # what the discriminator read, and its labels
     logits:Tensor             # what it said
 
-# %% ../nbs/05i_detection.ipynb #16f81201
+# %% ../nbs/05i_detection.ipynb #bae3f515
 class Electra(nn.Module):
     """A generator and a discriminator that share their token embedding, trained together on batches of mlm. Both get
     the gradient of their own loss only: none goes through sampling. LmnotesError where the embeddings do not fit."""
@@ -94,12 +95,10 @@ class Electra(nn.Module):
         generator:nn.Module, # a small masked language model: takes input_ids, attention_mask; gives logits (B,T,V)
         discriminator:nn.Module, # one or two logits a place: bert(V, head='tagging'), ElectraForPreTraining
         weight:float=50., # lambda, of the detection loss
-        rate:float=.15, # p of mlm: the share of the scored places that is masked
         share:bool=True, # one token embedding for both
     ):
         super().__init__()
-        self.generator, self.discriminator, self.weight, self.rate = generator, discriminator, weight, rate
-        require(0 < rate <= 1, 'rate', rate, 'above 0 and at most 1')
+        self.generator, self.discriminator, self.weight = generator, discriminator, weight
         require(0 <= weight < float('inf'), 'weight', weight, 'a finite number from 0')
         theirs, own = (m.get_input_embeddings() for m in (generator, discriminator))
         a, b = tuple(theirs.weight.shape), tuple(own.weight.shape)
@@ -114,6 +113,7 @@ class Electra(nn.Module):
         input_ids:Tensor, # (B,T) with masks, as mlm gives them
         labels:Tensor, # (B,T) the original id at masked places, -100 elsewhere
         attention_mask:Tensor|None=None, # (B,T) True = real
+        special_mask:Tensor|None=None, # (B,T) True = not scored; by default all that is real is, as in ELECTRA's program
         **more, # token_type_ids, position_ids: both models get them
     )->ElectraOutput: # sums and counts
         "Generate, detect; random numbers are torch's own, which a Learner seeds for each step."
@@ -122,17 +122,17 @@ class Electra(nn.Module):
         ours = isinstance(out, LMOutput)                         # then no other logits are made than these
         logits = LMOutput(out.hidden[masked], out.weight, out.bias).logits if ours else out.logits[masked]
         ids = original(dict(input_ids=input_ids, labels=labels))
-        found = replaced_token_detection(ids, logits, masked=masked, attention_mask=attention_mask)
+        found = replaced_token_detection(ids, logits, masked=masked, attention_mask=attention_mask, special_mask=special_mask)
         said = self.discriminator(input_ids=found['input_ids'], attention_mask=attention_mask, **more).logits
         nll = F.cross_entropy(logits.float(), labels[masked], reduction='sum')
         detection, n = detection_loss(said, found['labels'])
         return ElectraOutput(nll, len(logits), detection, int(n), found, said)
 
-# %% ../nbs/05i_detection.ipynb #d513655e
+# %% ../nbs/05i_detection.ipynb #48767d8a
 def electra_loss(
     model:Electra, # generator and discriminator
-    batch:Mapping, # of mlm
+    batch:Mapping, # of mlm; with special_mask, if special tokens are not to be scored
 )->tuple[Tensor, int]: # sum and count, for a Learner's loss
-    "Equation (5i.5): detection and masked prediction as one sum over the places scored by the discriminator."
+    "Equation (5i.5): sum / count is the mean over masked positions plus weight times the mean over scored ones."
     out, inner = model(**batch), getattr(model, 'module', model)
-    return out.generator_nll / inner.rate + inner.weight * out.detection_nll, out.n_scored
+    return out.generator_nll * (out.n_scored / max(out.n_masked, 1)) + inner.weight * out.detection_nll, out.n_scored

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['masked_diffusion', 'diffusion_loss', 'Bound', 'diffusion_bound', 'diffusion_sample']
 
-# %% ../nbs/05k_diffusion.ipynb #0641ee52
+# %% ../nbs/05k_diffusion.ipynb #ee14b407
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import require
+from .detection import sample_ids
 from .draws import Draws, choose, real_and_free
 from .inputs import model_inputs
 from .lm import _wide, evaluating, model_kind
@@ -93,7 +94,7 @@ def diffusion_bound(
     sums = torch.tensor([float(s) for s, _ in found], dtype=torch.float64)
     return Bound(sums.mean().item(), (sums.std() / math.sqrt(samples)).item(), found[0][1])
 
-# %% ../nbs/05k_diffusion.ipynb #b9c7bf9a
+# %% ../nbs/05k_diffusion.ipynb #aa088242
 def diffusion_sample(
     model:nn.Module, # a masked model, ours or transformers'
     ids:Tensor, # (B,T) a text with mask_id where something is to be written
@@ -117,10 +118,8 @@ def diffusion_sample(
         with evaluating(model): logits = _wide(model(**model_inputs(model, dict(input_ids=ids, attention_mask=real))).logits)
         require(not logits.isnan().any(), 'logits', 'NaN', f'numbers: the model broke down with {left} steps to go')
         logits = logits.index_fill(-1, torch.tensor(mask_id, device=ids.device), -math.inf)
-        if temperature < 1e-30: probs = F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-        else: probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-        up_to, u = probs.cumsum(-1), draws.uniform(ids.shape[1])[..., None] * (1 - 2**-20)
-        new = (up_to <= u * up_to[..., -1:]).sum(-1)                         # the first whose share of the line reaches beyond u
+        scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
+        new = logits.argmax(-1) if temperature == 0 else sample_ids(scaled, draws.uniform(ids.shape[1]))
         key = 1 - logits.softmax(-1).gather(-1, new[..., None])[..., 0] if confident else draws.uniform(ids.shape[1])
         hidden = (ids == mask_id) & real
         n = hidden.sum(1)

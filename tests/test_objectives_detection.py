@@ -67,6 +67,33 @@ def test_a_million_draws_follow_the_generator():
         assert abs((out['labels'] == 0).float().mean() - logits.softmax(0)[7]) < .002
 
 
+def test_rates_are_exact():
+    "As many of 65,536 evenly spaced numbers as the probability says, to one; a probability of 0 is never drawn"
+    u = torch.arange(2**16) / 2**16
+    for seed in range(20):
+        logits = torch.randn(V, generator=torch.Generator().manual_seed(seed)) * 3
+        logits[seed::5] = -math.inf
+        counts = sample_ids(logits.expand(2**16, V), u).bincount(minlength=V)
+        assert (counts - logits.double().softmax(0) * 2**16).abs().max() < 1.01 and counts[seed::5].sum() == 0
+    many = sample_ids(torch.zeros(2**12, 3000), torch.arange(2**12) / 2**12).bincount(minlength=3000)      # 1.4 each
+    assert set(many.tolist()) == {1, 2}
+
+
+def test_no_sum_depends_on_an_order():
+    "Running sums of floats are refused on a GPU under torch.use_deterministic_algorithms: ours are of whole numbers"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from lmnotes.diffusion import diffusion_sample
+    seen = []
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if 'cumsum' in func.__name__: seen.append(args[0].dtype)
+            return func(*args, **kwargs or {})
+    with Watch():
+        sample_ids(torch.randn(3, V), torch.rand(3))
+        diffusion_sample(bert(V, n_layers=1, **SIZE), torch.full((2, 5), MASK), mask_id=MASK)
+    assert seen and not any(d.is_floating_point for d in seen)
+
+
 def test_draws_at_the_edges():
     inf = float('inf')
     assert sample_ids(torch.tensor([[0., -inf, -inf], [-inf, 0., -inf], [-inf, -inf, 0.]]).repeat(2, 1),
@@ -127,7 +154,25 @@ def test_electra_adds_up(family):
     assert torch.equal(out.batch['labels'] == 1, (out.batch['input_ids'] != ids) & batch['attention_mask'])
     torch.manual_seed(1); s, n = electra_loss(model, batch)
     torch.manual_seed(1); out = model(**batch)
-    assert_close(s / n, out.generator_nll / .15 / n + 50 * out.detection_nll / n)
+    assert_close(s / n, out.generator_nll / out.n_masked + 50 * out.detection_nll / n)
+
+
+@pytest.mark.parametrize('p', [.15, .3])
+@pytest.mark.parametrize('given', [False, True])
+def test_the_mean_over_masked_positions_weighs_one(p, given):
+    "Whatever the rate, and with special tokens scored or not: ELECTRA's own sum of two means"
+    torch.manual_seed(1)
+    model, ids = electra(), torch.randint(0, MASK, (40, 8))
+    special = (torch.arange(8) % 7 == 0).expand(40, 8)                       # [CLS] 6 tokens [SEP]
+    batch = mlm(ids, mask_id=MASK, vocab_size=V, p=p, exact=True, special_mask=special, seeds=torch.arange(40))
+    if given: batch |= dict(special_mask=special)
+    torch.manual_seed(2); out = model(**batch)
+    torch.manual_seed(2); s, n = electra_loss(model, batch)
+    scored = out.batch['labels'] != -100
+    assert torch.equal(scored, ~special if given else torch.ones_like(special)) and n == scored.sum() == (240 if given else 320)
+    masked = batch['labels'] != -100
+    G = model.generator(input_ids=batch['input_ids']).logits[masked]
+    assert_close(s / n, F.cross_entropy(G, batch['labels'][masked]) + 50 * out.detection_nll / n)
 
 
 def test_gradients_stay_apart():
