@@ -6,11 +6,9 @@
 __all__ = ['Sentences', 'read_documents', 'truncated', 'lay_out', 'not_next', 'nsp', 'sentence_order', 'PairOutput', 'PairModel',
            'pair_loss']
 
-# %% ../nbs/05h_pairs.ipynb #08e789a5
-import inspect
+# %% ../nbs/05h_pairs.ipynb #83637f2d
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ from .core import LmnotesTypeError, require
 from .loss import LMOutput
 from .models import Transformer
 
-# %% ../nbs/05h_pairs.ipynb #ca61411c
+# %% ../nbs/05h_pairs.ipynb #ed213299
 @dataclass
 class Sentences:
     "Documents as tensors: all tokens in a row, and where each of N sentences stands, whose it is, what it says."
@@ -30,37 +28,38 @@ class Sentences:
     document:Tensor  # (N,) number of its document, among those that are used
     text:Tensor      # (N,) a number that two sentences share if their tokens are the same
 
-    def windows(self, k:int # neighbors
-    )->Tensor: # (W,) the first of each k neighbors in one document
-        "Sentences that k - 1 others of the same document follow."
+    def windows(self, k:int)->Tensor:
+        "(W,) the first of each k neighbors in one document."
         n = max(len(self.document) - k + 1, 0)
         return (self.document[:n] == self.document[k - 1:k - 1 + n]).nonzero()[:, 0]
 
-# %% ../nbs/05h_pairs.ipynb #785d8056
+# %% ../nbs/05h_pairs.ipynb #c0969986
+def _ids_of(sentence):
+    "Token ids as a tuple; an empty one where they are none."
+    ids = sentence.tolist() if isinstance(sentence, Tensor) else sentence
+    fine = isinstance(ids, Sequence) and all(type(t) is int and 0 <= t < 2**63 for t in ids)
+    return tuple(ids) if fine else ()
+
 def read_documents(
     documents, # list of documents, each a list of sentences, each a list (or 1-D tensor) of token ids
     k:int, # sentences that a document needs
     skip_short:bool=False, # leave out documents with fewer, instead of an error
 )->Sentences: # on the CPU
-    "Check documents and lay them out. LmnotesError names the document that is too short or has an empty sentence."
-    nested = isinstance(documents, Sequence) and not isinstance(documents, str)
-    require(nested, 'documents', type(documents).__name__, 'a list of lists of sentences', LmnotesTypeError)
+    "Check documents and lay them out. LmnotesError names the document that is too short or has a sentence without ids."
+    require(isinstance(documents, Sequence), 'documents', type(documents).__name__, 'a list', LmnotesTypeError)
+    found, numbers = [], {}
     for i, d in enumerate(documents):
-        fine = not isinstance(d, str) and all(isinstance(s, (Sequence, Tensor)) and not isinstance(s, str) and len(s) for s in d)
-        require(fine, f'documents[{i}]', d, 'a list of sentences, each a list of one token id or more')
-        enough, found = skip_short or len(d) >= k, f'{len(d)} sentence' + 's' * (len(d) != 1)
-        require(enough, f'documents[{i}]', found, f'{k} sentences or more, or left out by skip_short=True')
-    documents = [d for d in documents if len(d) >= k]
-    sentences, numbers = [s.tolist() if isinstance(s, Tensor) else s for d in documents for s in d], {}
-    text = torch.tensor([numbers.setdefault(tuple(s), len(numbers)) for s in sentences], dtype=torch.long)
-    length = torch.tensor([len(s) for s in sentences], dtype=torch.long)
-    document = torch.tensor([i for i, d in enumerate(documents) for _ in d], dtype=torch.long)
-    tokens = torch.tensor(list(chain.from_iterable(sentences)))
-    whole = tokens.dtype == torch.long or not len(tokens)
-    require(whole, 'documents', tokens.dtype, 'of whole numbers: token ids', LmnotesTypeError)
+        found.append([_ids_of(s) for s in d] if isinstance(d, Sequence) else [()])
+        require(all(found[-1]), f'documents[{i}]', d, 'a list of sentences, each a list of one token id or more, from 0')
+        allowed = f'{k} sentences or more, or left out by skip_short=True'
+        require(skip_short or len(d) >= k, f'documents[{i}]', f'{len(d)} sentence(s)', allowed)
+    found = [d for d in found if len(d) >= k]
+    sentences, document = [s for d in found for s in d], [i for i, d in enumerate(found) for _ in d]
+    lists = [t for s in sentences for t in s], [len(s) for s in sentences], [numbers.setdefault(s, len(numbers)) for s in sentences]
+    tokens, length, text, document = (torch.tensor(x, dtype=torch.long) for x in (*lists, document))
     return Sentences(tokens, length.cumsum(0) - length, length, document, text)
 
-# %% ../nbs/05h_pairs.ipynb #083514c7
+# %% ../nbs/05h_pairs.ipynb #da7499f1
 def truncated(
     lengths:Tensor, # (B,k) tokens of the k sentences of each row
     room:int, # tokens that a row has room for, k or more
@@ -70,10 +69,9 @@ def truncated(
     before = F.pad(s.cumsum(-1)[:, :-1], (1, 0))                                         # tokens of the i shortest
     level = ((room - before) // torch.arange(k, 0, -1, device=s.device)).amax(-1, keepdim=True)
     kept, longer = lengths.minimum(level), lengths > level
-    spare = room - kept.sum(-1, keepdim=True)
-    return kept + (longer & (longer.cumsum(-1) <= spare))
+    return kept + (longer & (longer.cumsum(-1) <= room - kept.sum(-1, keepdim=True)))
 
-# %% ../nbs/05h_pairs.ipynb #04e465ba
+# %% ../nbs/05h_pairs.ipynb #d78299a1
 def lay_out(
     sentences:Sentences, # from read_documents
     which:Tensor, # (B,k) numbers of the sentences of each row, in the order to be read
@@ -82,13 +80,12 @@ def lay_out(
     sep_id:int, # closes a sentence
     pad_id:int, # fills a row; the masks tell
     max_len:int, # longest row, 1 + 2k or more
-)->dict: # input_ids (B,T); attention_mask, special_mask (B,T) boolean; token_type_ids (B,T); sentence_places (B,k)
+)->dict: # input_ids (B,T); attention_mask, special_mask (B,T) boolean; token_type_ids (B,T); for k > 2 sentence_places (B,k)
     "Rows [CLS] A [SEP] B [SEP] …, as wide as the longest; a sentence's place is that of its [SEP]."
     for name, value in dict(cls_id=cls_id, sep_id=sep_id, pad_id=pad_id).items():
-        require(isinstance(value, int) and not isinstance(value, bool) and value >= 0, name, value, 'a token id')
+        require(type(value) is int and value >= 0, name, value, 'a token id')
     k = which.shape[1]
-    fits = isinstance(max_len, int) and max_len > 2 * k
-    require(fits, 'max_len', max_len, f'{1 + 2 * k} or more, for {k} sentences of a token each')
+    require(isinstance(max_len, int) and max_len > 2 * k, 'max_len', max_len, f'{1 + 2 * k} or more, for {k} sentences')
     kept = truncated(sentences.length[which], max_len - k - 1)          # (B,k)
     end = (kept + 1).cumsum(-1)                                         # (B,k) where each [SEP] stands
     at = torch.arange(int(end[:, -1].max()) + 1)                        # (T,)
@@ -98,24 +95,22 @@ def lay_out(
     source = (sentences.start[which] + kept - end).gather(1, of) + at   # (B,T) a token's place among all tokens
     ids = sentences.tokens[source.masked_fill(opens | closes | ~real, 0)]
     ids = ids.masked_fill(opens, cls_id).masked_fill(closes, sep_id).masked_fill(~real, pad_id)
-    return dict(input_ids=ids, attention_mask=real, token_type_ids=(of % 2).masked_fill(~real, 0),
-                special_mask=opens | closes, sentence_places=end)
+    batch = dict(input_ids=ids, attention_mask=real, special_mask=opens | closes, token_type_ids=(of % 2).masked_fill(~real, 0))
+    return batch if k == 2 else batch | dict(sentence_places=end)
 
-# %% ../nbs/05h_pairs.ipynb #bf3e462a
+# %% ../nbs/05h_pairs.ipynb #3f602b90
 def not_next(
     sentences:Sentences, # from read_documents
     first:Tensor, # (n,) numbers of the first sentences
     generator:torch.Generator|None=None, # on the CPU
 )->Tensor: # (n,) numbers of the second ones
-    """For each sentence one of another document, whose text follows the first one's nowhere in the documents; all that
-    may be are as likely. LmnotesError where there is none."""
-    document, text, N = sentences.document, sentences.text, len(sentences.text)
-    size = document.bincount()
-    opens, n_texts, left = size.cumsum(0) - size, int(text.max()) + 1, sentences.windows(2)
+    "For each sentence one of another document whose text never follows the first one's. LmnotesError where there is none."
+    document, text = sentences.document, sentences.text
+    size, n_texts, left = document.bincount(), int(text.max()) + 1, sentences.windows(2)
     neighbors = text[left] * n_texts + text[left + 1]                        # each pair of neighbors, a number
-    mine = document[first]
+    opens, mine = size.cumsum(0) - size, document[first]
     require(len(size) > 1, 'documents', len(size), '2 or more: a negative comes from another one')
-    draw = (torch.rand(len(first), generator=generator, dtype=torch.float64) * (N - size[mine])).long()
+    draw = (torch.rand(len(first), generator=generator, dtype=torch.float64) * (len(text) - size[mine])).long()
     second = draw + size[mine] * (draw >= opens[mine])                       # skips the own document
     for i in torch.isin(text[first] * n_texts + text[second], neighbors).nonzero()[:, 0].tolist():
         allowed = (document != mine[i]) & ~torch.isin(text[first[i]] * n_texts + text, neighbors)
@@ -123,17 +118,18 @@ def not_next(
         second[i] = torch.multinomial(allowed.double(), 1, generator=generator)
     return second
 
-# %% ../nbs/05h_pairs.ipynb #e2914473
+# %% ../nbs/05h_pairs.ipynb #b6cc227c
 def _pick(candidates, n, generator, what, multiple=2):
     "n of the candidates in random order, none twice; None: all, but for what does not fill a multiple"
     W = len(candidates)
+    require(generator is None or isinstance(generator, torch.Generator), 'generator', generator, 'a torch.Generator')
     require(W >= multiple, 'documents', f'{W} {what}', f'documents with {multiple} of them or more')
     if n is None: n = W // multiple * multiple
-    fine = isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= W and n % multiple == 0
+    fine = type(n) is int and n in range(multiple, W + 1, multiple)
     require(fine, 'n', n, f'a multiple of {multiple} from {multiple} to {W}, the number of {what}')
     return candidates[torch.randperm(W, generator=generator)[:n]]
 
-# %% ../nbs/05h_pairs.ipynb #7ec6b256
+# %% ../nbs/05h_pairs.ipynb #d5b48d6f
 def nsp(
     documents, # list of documents, each a list of two sentences or more, each a list of token ids without special ones
     *,
@@ -153,10 +149,9 @@ def nsp(
     second[negative] = not_next(sentences, first[negative], generator)
     which = torch.stack([first, second], 1)
     batch = lay_out(sentences, which, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id, max_len=max_len)
-    del batch['sentence_places']
     return batch | dict(next_sentence_label=negative.long())
 
-# %% ../nbs/05h_pairs.ipynb #8c7cd4cf
+# %% ../nbs/05h_pairs.ipynb #5ae7caaf
 def sentence_order(
     documents, # list of documents, each a list of k sentences or more, each a list of token ids without special ones
     *,
@@ -175,14 +170,11 @@ def sentence_order(
     sentences = read_documents(documents, k, skip_short)
     first = sentences.windows(k)
     texts = sentences.text[first[:, None] + torch.arange(k)].sort(dim=-1).values
-    differ = (texts[:, 1:] != texts[:, :-1]).all(-1)
-    first = _pick(first[differ], n, generator, f'runs of {k} different neighbors', 2 if k == 2 else 1)
+    first = _pick(first[(texts.diff(dim=-1) != 0).all(-1)], n, generator, f'runs of {k} different neighbors', 2 if k == 2 else 1)
     if k == 2: order = (torch.arange(len(first))[:, None] + torch.arange(2)) % 2            # rows are in random order
     else: order = torch.rand(len(first), k, generator=generator, dtype=torch.float64).argsort(dim=-1)
     batch = lay_out(sentences, first[:, None] + order, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id, max_len=max_len)
-    if k > 2: return batch | dict(sentence_order_label=order)
-    del batch['sentence_places']
-    return batch | dict(sentence_order_label=order[:, 0])
+    return batch | dict(sentence_order_label=order if k > 2 else order[:, 0])
 
 # %% ../nbs/05h_pairs.ipynb #4765a11c
 @dataclass
@@ -190,7 +182,7 @@ class PairOutput(LMOutput):
     "What a PairModel returns: a masked model's output, and the scores of the pairs."
     pair_logits:Tensor|None = None       # (B,2), or (B,k,n_labels) where sentence_places (B,k) are given
 
-# %% ../nbs/05h_pairs.ipynb #b72dec3c
+# %% ../nbs/05h_pairs.ipynb #35263c79
 class PairModel(nn.Module):
     "An encoder that predicts masked tokens, and a second head that reads [CLS], or the [SEP] of each sentence."
     def __init__(self,
@@ -212,19 +204,17 @@ class PairModel(nn.Module):
     def forward(self,
         input_ids:Tensor, # (B,T)
         attention_mask:Tensor|None=None, # (B,T) True = real, or (B,1,T,T)
-        position_ids:Tensor|None=None, # (B,T)
         token_type_ids:Tensor|None=None, # (B,T)
         sentence_places:Tensor|None=None, # (B,k) where the second head reads; the first place by default
     )->PairOutput: # logits (B,T,V), pair_logits (B,2) or (B,k,n_labels)
         "Both heads on one reading of the text. The loss is pair_loss."
         m = self.model
-        x = m.encoder(m.embed(input_ids), attention_mask, position_ids, token_type_ids)          # (B,T,D)
+        x = m.encoder(m.embed(input_ids), attention_mask, None, token_type_ids)                  # (B,T,D)
         read = x[:, 0] if sentence_places is None else x.take_along_dim(sentence_places[..., None], 1)
-        hidden, _ = m.read_out(x, None, None)
-        scores = self.classify(self.dropout(torch.tanh(self.pool(read))))
-        return PairOutput(hidden, m.head.weight, m.head.bias, pair_logits=scores)
+        scores = self.classify(self.dropout(self.pool(read).tanh()))
+        return PairOutput(m.read_out(x, None, None)[0], m.head.weight, m.head.bias, pair_logits=scores)
 
-# %% ../nbs/05h_pairs.ipynb #4bef5a0d
+# %% ../nbs/05h_pairs.ipynb #417c8a69
 def pair_loss(
     model:nn.Module, # PairModel, or transformers' BertForPreTraining or AlbertForPreTraining
     batch:Mapping, # from nsp or sentence_order; labels (B,T) where tokens are masked, too
@@ -232,12 +222,11 @@ def pair_loss(
     tokens_per_pair:float|None=None, # how many tokens a pair counts for; None: as many as the batch has for each
 )->tuple[Tensor, int]: # sum in nats, with its graph; number of scored tokens, of pairs where none is scored
     """Loss of both heads for a Learner: sum divided by count is the mean over tokens plus weight times the mean over pairs,
-    equation (5h.3). With tokens_per_pair, sums of micro-batches add up to those of the whole batch."""
+    equation (5h.4). With tokens_per_pair, sums of micro-batches add up to those of the whole batch."""
     label, labels = batch.get('next_sentence_label', batch.get('sentence_order_label')), batch.get('labels')
     require(isinstance(label, Tensor), 'batch', list(batch), 'one with next_sentence_label or sentence_order_label')
-    takes = inspect.signature(type(model).forward).parameters
-    out = model(**{k: x for k, x in batch.items() if k in takes and 'label' not in k})
-    names = ('pair_logits', 'seq_relationship_logits', 'sop_logits')
+    takes = ('input_ids', 'attention_mask', 'token_type_ids', 'sentence_places')
+    out, names = model(**{k: batch[k] for k in takes if k in batch}), ('pair_logits', 'seq_relationship_logits', 'sop_logits')
     pairs = _summed(next(getattr(out, k) for k in names if hasattr(out, k)), label)
     n = 0 if labels is None else int((labels != -100).sum())
     if not n: return weight * pairs, label.numel()

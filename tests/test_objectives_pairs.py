@@ -155,13 +155,15 @@ def test_short_documents():
     with pytest.raises(LmnotesError, match=r'documents\[0\].*3 sentences or more'): sentence_order([[[5], [6]]], k=3, **FORM)
 
 
-@pytest.mark.parametrize('how', [dict(cls_id=None), dict(sep_id=-1), dict(pad_id=1.5), dict(max_len=4), dict(n=3), dict(n=0), dict(n=100), dict(n=True)])
+@pytest.mark.parametrize('how', [dict(cls_id=None), dict(sep_id=-1), dict(pad_id=1.5), dict(max_len=4), dict(n=3), dict(n=0), dict(n=100), dict(n=True), dict(generator=3)])
 def test_bad_arguments(how):
     name = next(iter(how))
     with pytest.raises(LmnotesError, match=name): nsp([[[5], [6]], [[7], [8]]], **(FORM | how))
 
 
-@pytest.mark.parametrize('docs', [5, 'text', [[[5], [6]]], [[[5], []], [[7], [8]]], [[5, 6], [7, 8]], [[[.5], [6]], [[7], [8]]], []])
+@pytest.mark.parametrize('docs', [5, 'text', [[[5], [6]]], [[[5], []], [[7], [8]]], [[5, 6], [7, 8]], [[[.5], [6]], [[7], [8]]], [],
+                                  [1, 2], [[[[5]], [6]], [[7], [8]]], [[[2**70], [6]], [[7], [8]]], [[[-1], [6]], [[7], [8]]],
+                                  [[[True], [6]], [[7], [8]]], [['ab', 'c'], ['d', 'e']], [None, [[7], [8]]]])
 def test_bad_documents(docs):
     with pytest.raises(LmnotesError, match='documents'): nsp(docs, **FORM)
 
