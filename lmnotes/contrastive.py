@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .core import require
 from .draws import mix64, real_and_free
 
-# %% ../nbs/05j_contrastive.ipynb #b9b4fd65
+# %% ../nbs/05j_contrastive.ipynb #e5fe3071
 def info_nce(
     a:Tensor, # (B,D) vectors of any length above 0
     b:Tensor, # (B,D) their positives, row by row; each is a negative for the other rows
@@ -28,7 +28,7 @@ def info_nce(
     same:Tensor|None=None, # (B,B) True = equal texts, no negatives of each other; its diagonal does not matter
 )->tuple[Tensor, int]: # sum over rows in nats, float32 or finer; B
     """InfoNCE on cosines, equation (5j.1) ([van den Oord et al. 2018](https://arxiv.org/abs/1807.03748)): minus the log-probability
-    of the right row among all. LmnotesError names what does not fit."""
+    of the right row among all. LmnotesError names what does not fit; NaN and inf are looked for on a CPU only."""
     _check(a, b, temperature, negatives, same)
     a, b, more = (None if x is None else F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
                   for x in (a, b, negatives))
@@ -41,12 +41,17 @@ def info_nce(
     return ((loss + choose(b, scores.T)) / 2 if symmetric else loss), len(a)
 
 def _check(a, b, temperature, negatives, same):
-    require(a.ndim == 2 and a.shape == b.shape, 'b.shape', tuple(b.shape), f'(B,D) = {tuple(a.shape)}, as a')
+    for name, x in dict(a=a, b=b, negatives=negatives).items():
+        if name == 'negatives' and x is None: continue
+        fine = isinstance(x, Tensor) and x.ndim == 2 and len(x)
+        require(fine, name, tuple(getattr(x, 'shape', [type(x).__name__])), 'a tensor (rows, D) with a row or more')
+        require(x.is_cuda or bool(x.isfinite().all()), name, 'with NaN or inf', 'finite numbers')
+    require(a.shape == b.shape, 'b.shape', tuple(b.shape), f'(B,D) = {tuple(a.shape)}, as a')
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     require(number and 0 < temperature < math.inf, 'temperature', temperature, 'a number above 0')
-    fine = negatives is None or negatives.ndim == 2 and negatives.shape[1] == a.shape[1]
+    fine = negatives is None or negatives.shape[1] == a.shape[1]
     require(fine, 'negatives', tuple(getattr(negatives, 'shape', ())), f'None or of shape (N,{a.shape[1]})')
-    fine = same is None or same.shape == (len(a), len(a)) and same.dtype == torch.bool
+    fine = same is None or isinstance(same, Tensor) and same.shape == (len(a), len(a)) and same.dtype == torch.bool
     require(fine, 'same', tuple(getattr(same, 'shape', ())), f'None or boolean of shape ({len(a)},{len(a)})')
     require(len(a) > 1 or negatives is not None, 'rows of a', len(a), '2 or more, or negatives given')
 

@@ -165,3 +165,13 @@ def test_bad_arguments(how):
     with pytest.raises(LmnotesError, match=next(iter(how))): info_nce(torch.ones(3, 2), torch.ones(3, 2), **how)
     with pytest.raises(LmnotesError, match='rows of a'): info_nce(torch.ones(1, 2), torch.ones(1, 2))
     with pytest.raises(LmnotesError, match='b.shape'): info_nce(torch.ones(3, 2), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize('bad', [[1], None, torch.ones(3), torch.ones(0, 2), torch.tensor([[math.nan, 1.]] * 3), torch.full((3, 2), math.inf)], ids=str)
+def test_what_is_no_vector(bad):
+    good = torch.ones(3, 2)
+    with pytest.raises(LmnotesError, match='^a '): info_nce(bad, good)
+    with pytest.raises(LmnotesError, match='^b '): info_nce(good, bad)
+    if bad is not None:
+        with pytest.raises(LmnotesError, match='^negatives '): info_nce(good, good, negatives=bad)
+    with pytest.raises(LmnotesError, match='^negatives '): info_nce(good[:1], good[:1], negatives=torch.ones(0, 2))     # would be a loss of 0
