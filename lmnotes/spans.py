@@ -17,124 +17,102 @@ from torch import Tensor
 from .core import LmnotesTypeError, known_name, require
 from .draws import Draws, check_rate, compact, real_and_free
 
-# %% ../nbs/05d_spans.ipynb #3b672422
+# %% ../nbs/05d_spans.ipynb #16ce7311
 @lru_cache(maxsize=128)
 def _plan(T, kinds, special, device):
-    """For each kind of noise (p, mean span) and n of 0 to T: noise tokens and spans, (K,T+1,2), equation (5d.1). And the
-    most there can be of noise tokens, other tokens, spans, pieces of spans, places in the input and in the target"""
-    n, counts, most = torch.arange(T + 1, dtype=torch.float64), [], []
+    "Equation (5d.1): m and K by kind of noise and n, (kinds,T+1,2); most dropped, others, spans, pieces of them, input"
+    n, (p, mean_span) = torch.arange(T + 1, dtype=torch.float32), torch.tensor(kinds, dtype=torch.float32).T[..., None]
     beside = (T - n).clamp(max=special)                              # special tokens in a row with n free ones
-    for p, mean_span in kinds:
-        m = (n * p).round().clamp(min=1).minimum(n - 1).clamp(min=0)
-        s = (m / mean_span).round().clamp(min=1).minimum(m).minimum(n - m)
-        pieces = s + beside.minimum(m - s)                           # each may cut a span in two
-        counts.append(torch.stack([m, s], -1))
-        most.append(torch.stack([m, n - m, s, pieces, n + beside - m + pieces, m + pieces]).amax(-1))
-    return torch.stack(counts).long().to(device, non_blocking=True), [int(x) for x in torch.stack(most).amax(0)]
+    m = (n * p).round().clamp(min=1).minimum(n - 1).clamp(min=0)     # in float32, as T5
+    K = (m / mean_span).round().clamp(min=1).minimum(m).minimum(n - m)
+    pieces = K + beside.minimum(m - K)                               # each may cut a span in two
+    most = torch.stack([m, n - m, K, pieces, n + beside - m + pieces]).amax((1, 2))
+    return torch.stack([m, K], -1).long().to(device, non_blocking=True), [int(x) for x in most]
 
 @lru_cache(maxsize=128)
 def _constant(values, device): return torch.tensor(values).to(device, non_blocking=True)
 
-# %% ../nbs/05d_spans.ipynb #396214e5
+# %% ../nbs/05d_spans.ipynb #9929fdde
 def _parts(u, n, k, most):
-    "Where k parts of n items start, and their end, (B,most+1): equation (5d.2), every way to cut as likely"
+    "Where k parts of n items start, and their end, (B,most+1): equation (5d.2), every way to cut equally likely"
     gap = torch.arange(1, u.shape[1] + 1, device=u.device)
     keys = torch.add(gap, u.mul_(2**24).long(), alpha=2**24)         # no two are equal
     keys.masked_fill_(gap >= n[:, None], 2**62)
     cut = keys.topk(most - 1, largest=False).indices + 1
     cut = cut.where(gap[:most - 1] < k[:, None], n[:, None]).sort().values
-    return torch.cat([torch.zeros_like(n)[:, None], cut, n[:, None]], -1)
+    return F.pad(torch.cat([cut, n[:, None]], -1), (1, 0))
 
-def _span_noise(draws, n, m, s, most, T):
-    "m of the first n tokens of each row in s spans, (B,T): others, noise, others, noise, …; and where spans start"
-    b, a = _parts(draws.uniform(most[0]), m, s, most[2]), _parts(draws.uniform(most[1]), n - m, s, most[2])
-    first, end = a[:, 1:] + b[:, :-1], a[:, 1:] + b[:, 1:]
-    turn = torch.zeros(len(n), T + 1, dtype=torch.int8, device=n.device)
-    turn.scatter_(1, first, 1).scatter_(1, end, -1)
-    return turn.cumsum(-1, dtype=torch.int8)[:, :-1] > 0, first
+def _draw_spans(draws, n, m, K, most, spans):
+    "Where spans start and end among n tokens, (B,spans) each: others, span, others, span, …; equal where there is none"
+    b, a = _parts(draws.uniform(most[0]), m, K, spans), _parts(draws.uniform(most[1]), n - m, K, spans)
+    return a[:, 1:] + b[:, :-1], a[:, 1:] + b[:, 1:]
 
-# %% ../nbs/05d_spans.ipynb #b48dbde5
-def _packed(ids, attention_mask, special_mask):
-    "Rows whose padding, if any, is moved to the right: ids, real, free"
-    real, free = real_and_free(ids, attention_mask, special_mask)
-    if attention_mask is None: return ids.long(), real, free
-    ids, free = (compact(x, real, ids.shape[1], 0) for x in (ids.long(), free))
-    return ids, torch.arange(ids.shape[1], device=ids.device) < real.sum(-1, keepdim=True), free
+# %% ../nbs/05d_spans.ipynb #ebadf621
+def _runs(noise, spans):
+    "Where runs of True start and end, (B,spans) each: the first so many, T where there is none"
+    (B, T), t = noise.shape, torch.arange(noise.shape[1] + 1, device=noise.device)
+    edges = compact(t.expand(B, -1), F.pad(noise, (1, 1)).diff(), 2 * spans, T)
+    return edges[:, ::2], edges[:, 1::2]
 
-def _starts(noise): return noise & ~F.pad(noise[:, :-1], (1, 0))
-
-def _to_spans(ids, real, noise, first, sentinels, spans, places, form):
-    "Equation (5d.4): input and target of a batch in one piece of memory, the input's places first"
-    (B, T), (inputs, targets), (eos_id, pad_id, close, input_eos) = ids.shape, places, form
-    sentinels, running = _constant(sentinels, ids.device), dict(dim=-1, dtype=torch.int32)
-    dropped, span, width = noise.cumsum(**running), _starts(noise).cumsum(**running), inputs + targets
-    t, j = torch.arange(T, device=ids.device, dtype=torch.int32), torch.arange(spans, device=ids.device)
-    at = torch.where(noise, dropped + (inputs - 1), t - dropped).add_(span).masked_fill_(~real, width)
-    out = ids.new_full((B, width + 1), -100)                         # the last place takes what goes nowhere
+def _to_spans(ids, real, first, end, sentinels, positions, form):
+    "Equation (5d.4): input and target of a batch in one piece of memory, the input's positions first"
+    (B, T), (inputs, targets), (eos_id, pad_id, close, input_eos) = ids.shape, positions, form
+    width, t = inputs + targets, torch.arange(max(T, inputs), device=ids.device)
+    j, length = t[:first.shape[1]], end - first
+    before, m, K = length.cumsum(-1) - length, length.sum(-1, keepdim=True), (length > 0).sum(-1, keepdim=True)
+    jump = 2 * before - first + (inputs + 1)                         # of position at a span's start; and back at its end
+    move = ids.new_zeros(B, T + 1).scatter_(1, first, jump).scatter_(1, end, 1 - length - jump).cumsum(-1)[:, :T]
+    out = ids.new_full((B, width + 1), -100)                         # the last position takes what goes nowhere
     out[:, :inputs] = pad_id
-    out.scatter_(1, at.long(), ids)
-    if first is None: first = torch.searchsorted(span, (j + 1).int().expand(B, -1).contiguous())
-    m, s = dropped[:, -1:].long(), span[:, -1:].long()
-    first = first.clamp(max=T - 1)                                   # where span j starts, for j below s
-    before, none, marks = dropped.gather(1, first) - 1, j >= s, sentinels[:spans].expand(B, -1)
-    out.scatter_(1, (first - before + j).masked_fill_(none, width), marks)
-    out.scatter_(1, (before + (j + inputs)).masked_fill_(none, width), marks)
-    end, length = (inputs + m + s).masked_fill_(s == 0, width), real.sum(-1, keepdim=True) - m + s
-    if close:
-        out.scatter_(1, end, sentinels[s.clamp(max=len(sentinels) - 1)])
-        end = (end + 1).clamp(max=width)
-    out.scatter_(1, end, eos_id)
-    if input_eos: out.scatter_(1, length, eos_id)
-    seen = torch.arange(inputs, device=ids.device) < length + input_eos
+    out.scatter_(1, (move + t[:T]).masked_fill_(~real, width), ids)
+    marks, last = _constant(sentinels, ids.device)[:len(j)].expand(B, -1), (K + close).masked_fill_(K == 0, 0)
+    out.scatter_(1, (first - before + j).masked_fill_(j >= K, width), marks)
+    out.scatter_(1, (before + j + inputs).masked_fill_(j >= last, width), marks)
+    out.scatter_(1, (m + last + inputs).masked_fill_(K == 0, width), eos_id)
+    size = real.sum(-1, keepdim=True) - m + K
+    if input_eos: out.scatter_(1, size, eos_id)
     x, y = out[:, :inputs].contiguous(), out[:, inputs:width].contiguous()
-    return dict(input_ids=x, attention_mask=seen, labels=y)
+    return dict(input_ids=x, attention_mask=t[:inputs] < size + input_eos, labels=y)
 
-# %% ../nbs/05d_spans.ipynb #a11b4b37
-@lru_cache(maxsize=128)
-def _distinct(sentinels, eos_id):
-    require(isinstance(eos_id, int) and 0 <= eos_id < 2**31, 'eos_id', eos_id, 'a token id')
-    ids = all(isinstance(i, int) and 0 <= i < 2**31 for i in sentinels)
-    fine = ids and len({eos_id, *sentinels}) == len(sentinels) + 1
-    require(fine, 'sentinel_ids', sentinels, f'token ids that differ from each other and from eos_id={eos_id}')
-    return sentinels
+# %% ../nbs/05d_spans.ipynb #d164f55d
+def _check_ids(name, ids, *others):
+    fine = isinstance(ids, Sequence) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    fine = fine and len({*ids, *others}) == len(ids) + len(others)
+    require(fine, name, ids, f'a sequence of token ids, all different{f" and none of {others}" if others else ""}')
+    return tuple(ids)
 
-def _checked(ids, sentinel_ids, eos_id):
-    "The sentinels as a tuple, and what every objective of this chapter asks"
-    long, listed = ids.shape[1] >= 2, isinstance(sentinel_ids, Sequence)
-    require(long, 'ids.shape', tuple(ids.shape), '(B,T) with T of 2 or more: one token cannot be corrupted')
-    require(listed, 'sentinel_ids', sentinel_ids, 'a sequence, such as range(32099, 31999, -1)', LmnotesTypeError)
-    return _distinct(tuple(sentinel_ids), eos_id)
+def _open(ids, attention_mask, special_mask, sentinel_ids, eos_id, pad_id, *_):
+    "Check what every objective of this chapter asks; ids, real, free, with padding moved to the right, and the sentinels"
+    real, free = real_and_free(ids, attention_mask, special_mask)
+    require(ids.shape[1] >= 2, 'ids.shape', tuple(ids.shape), '(B,T) with T of 2 or more: one token cannot be corrupted')
+    for name, i in (('eos_id', eos_id), ('pad_id', pad_id)): require(type(i) is int and 0 <= i < 2**31, name, i, 'a token id')
+    sentinels = _check_ids('sentinel_ids', sentinel_ids, eos_id)
+    if attention_mask is None: return ids, real, free, sentinels
+    ids, free = (compact(x, real, ids.shape[1], 0) for x in (ids, free))
+    return ids, torch.arange(ids.shape[1], device=ids.device) < real.sum(-1, keepdim=True), free, sentinels
 
-def _enough(sentinels, needed, close, why):
-    needed, why = needed + close, why + ', one of them to close the target' * close
-    require(len(sentinels) >= needed, 'sentinel_ids', f'{len(sentinels)} ids', f'{needed} or more, for {why}')
-
-def _at_most(noise, tokens, spans):
-    "The noise of each row up to so many tokens and spans"
-    return noise & (noise.cumsum(-1) <= tokens) & (_starts(noise).cumsum(-1) <= spans)
-
-def _corrupted(ids, kinds, sentinel_ids, form, attention_mask, special_mask, generator, seeds, pick=None):
-    "Span corruption of each row by one of several kinds of noise: pick(draws) says which"
-    (ids, real, free), (eos_id, _, close, input_eos) = _packed(ids, attention_mask, special_mask), form
-    T, sentinels = ids.shape[1], _checked(ids, sentinel_ids, eos_id)
+def _corrupted(ids, kinds, up_to, sentinel_ids, form, attention_mask, special_mask, generator, seeds):
+    "Span corruption of each row by one of several kinds of noise, drawn by the sums of their weights; and which"
+    (ids, real, free, sentinels), (*_, close, input_eos) = _open(ids, attention_mask, special_mask, sentinel_ids, *form), form
+    (B, T), draws, n = ids.shape, Draws(ids, generator, seeds), free.sum(-1)
     special = 0 if special_mask is None else T if ids.device.type != 'cpu' else int((real & ~free).sum(-1).max())
     counts, most = _plan(T, kinds, special, ids.device)
-    rates = ' or '.join(f'p={p:g} and mean_span={mean_span:g}' for p, mean_span in kinds)
-    _enough(sentinels, most[2], close, f'{T} tokens at {rates}')
-    draws, n = Draws(ids, generator, seeds), free.sum(-1)
-    which = 0 if pick is None else pick(draws)
-    noise, first = _span_noise(draws, n, *counts[which, n].unbind(-1), most, T)
+    require(len(sentinels) >= most[2] + close, 'sentinel_ids', f'{len(sentinels)} ids', f'{most[2] + close} or more, for '
+            f'{T} tokens at (p, mean_span) = {" or ".join(map(str, kinds))}{", one of them to close the target" * close}')
+    which = (draws.uniform(1) >= _constant(up_to, ids.device)).sum(-1) if up_to else 0
+    first, end = _draw_spans(draws, n, *counts[which, n].unbind(-1), most, most[2] + close)
     spans = min(most[3], len(sentinels) - close)
-    if special_mask is not None:                                     # from free tokens to places of the row
+    if special_mask is not None:                                     # from free tokens to positions of the row
+        noise = ids.new_zeros(B, T + 1).scatter_(1, first, 1).scatter_(1, end, -1).cumsum(-1) > 0
         noise = noise.gather(1, (free.cumsum(-1) - 1).clamp(min=0)) & free
-        noise, first = _at_most(noise, T, spans), None
-    places = most[4] + input_eos, most[0] + spans + close + 1
-    return _to_spans(ids, real, noise, first, sentinels, spans, places, form), which
+        first, end = (F.pad(x, (0, close), value=T) for x in _runs(noise, spans))
+    positions = most[4] + input_eos, most[0] + spans + close + 1
+    return _to_spans(ids, real, first, end, sentinels, positions, form), which
 
-# %% ../nbs/05d_spans.ipynb #e43cc963
+# %% ../nbs/05d_spans.ipynb #728c03e6
 def _check_noise(p, mean_span):
     require(check_rate(p, 'p', open=True) < 1, 'p', p, 'above 0 and below 1')
-    fine = isinstance(mean_span, (int, float)) and not isinstance(mean_span, bool) and mean_span >= 1
+    fine = isinstance(mean_span, (int, float)) and mean_span is not True and mean_span >= 1
     require(fine, 'mean_span', mean_span, 'a number of tokens, 1 or more (math.inf for one span, at the end)')
     return float(p), float(mean_span)
 
@@ -150,50 +128,48 @@ def span_corruption(
     pad_id:int=0, # fills the input
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True = never dropped, stays in the input
-    generator:torch.Generator|None=None, # on the device of ids
-    seeds:Tensor|None=None, # (B,) one for each row, instead of generator
-)->dict[str, Tensor]: # input_ids and attention_mask (B,S), labels (B,U): S and U follow from T, p, mean_span
+    generator:torch.Generator|None=None, seeds:Tensor|None=None, # on the device of ids; or (B,), one seed per row
+)->dict[str, Tensor]: # input_ids and attention_mask (B,S), labels (B,U)
     """Spans of each row become sentinels, and the target says what was there, by T5's scheme ([Raffel et al.
-    2020](https://arxiv.org/abs/1910.10683)). Rows are padded on the right. A row of one free token is left as it is and has
-    no target. A special token inside a span cuts it in two; where sentinels then run out, the row's last spans stay.
-    LmnotesError for rates, lengths and sentinels that cannot be, with the number of sentinels needed."""
+    2020](https://arxiv.org/abs/1910.10683)). A row of one free token is left as it is and has no target. A special token
+    inside a span cuts it in two; where sentinels then run out, the row's last spans stay. S and U follow from T, p and
+    mean_span; with special_mask on a CPU also from the largest number of special tokens in a row of the batch.
+    LmnotesError for rates, lengths and ids that cannot be, with the number of sentinels needed."""
     kinds, form = (_check_noise(p, mean_span),), (eos_id, pad_id, close, input_eos)
-    return _corrupted(ids, kinds, sentinel_ids, form, attention_mask, special_mask, generator, seeds)[0]
+    return _corrupted(ids, kinds, (), sentinel_ids, form, attention_mask, special_mask, generator, seeds)[0]
 
-# %% ../nbs/05d_spans.ipynb #af823baf
+# %% ../nbs/05d_spans.ipynb #f24e18da
 def restore(
     batch:Mapping[str, Tensor], # of span_corruption, of ul2, or of iid_denoising in its style spans
     *,
-    sentinel_ids:Sequence[int], # as given to it
+    sentinel_ids:Sequence[int], # all of them, as given to it
     input_eos:bool=True, pad_id:int=0, # as given to it
     n_modes:int=0, # tokens in front of the text: 1 after ul2
 )->tuple[Tensor, Tensor]: # ids and attention_mask, (B,S+U)
     """The text from input and target: each sentinel of the input gives way to what follows the first, the second, … in the
     target. Also for labels that a model wrote: what belongs to no hole is left out."""
     x, y, real = (batch[k] for k in ('input_ids', 'labels', 'attention_mask'))
-    (S, U), sentinels, said = (x.shape[1], y.shape[1]), _constant(tuple(sentinel_ids), x.device), y != -100
-    place = real.cumsum(-1)
+    (S, U), sentinels = (x.shape[1], y.shape[1]), _constant(_check_ids('sentinel_ids', sentinel_ids), x.device)
+    place, said = real.cumsum(-1), y != -100
     real = real & (place > n_modes) & (place <= place[:, -1:] - int(input_eos))
     said = said & (said.cumsum(-1) < said.sum(-1, keepdim=True))     # all but the end
     hole, mark = real & torch.isin(x, sentinels), said & torch.isin(y, sentinels)
     number = mark.cumsum(-1)
-    at = torch.searchsorted(hole.cumsum(-1), number)                 # (B,U) the place of a token's hole, or S
+    at = torch.searchsorted(hole.cumsum(-1), number)                 # (B,U) the position of a token's hole, or S
     keep = torch.cat([real & ~hole, said & ~mark & (number > 0) & (at < S)], 1)
-    key = torch.cat([torch.arange(S, device=x.device).expand_as(x), at], 1) * (U + 1)
-    key[:, S:] += torch.arange(1, U + 1, device=x.device)
-    order = key.masked_fill_(~keep, (S + 1) * (U + 1)).argsort(dim=-1)
+    key = torch.cat([torch.arange(S, device=x.device).expand_as(x), at], 1).masked_fill_(~keep, S + 1)
+    order = key.argsort(dim=-1, stable=True)                         # a hole itself is not kept, so its tokens stand alone
     real = torch.arange(S + U, device=x.device) < keep.sum(-1, keepdim=True)
     return torch.cat([x, y], 1).gather(1, order).masked_fill_(~real, pad_id), real
 
-# %% ../nbs/05d_spans.ipynb #904f54df
+# %% ../nbs/05d_spans.ipynb #15e751c8
 def _pair(x, seen, y, scored, eos_id, pad_id, input_eos):
     "What is seen of x and what is scored of y, each moved to the left and ended; no target where nothing is scored"
-    T, length = x.shape[1], seen.sum(-1, keepdim=True)
-    inputs = compact(x, seen, T + input_eos, pad_id).contiguous()
-    labels = compact(y, scored, T + 1, -100).contiguous()
-    labels.scatter_(1, scored.sum(-1, keepdim=True), torch.where(scored.any(-1, keepdim=True), eos_id, -100))
-    if input_eos: inputs.scatter_(1, length, eos_id)
-    real = torch.arange(T + input_eos, device=x.device) < length + input_eos
+    T, size, n = x.shape[1], seen.sum(-1, keepdim=True), scored.sum(-1, keepdim=True)
+    inputs, labels = compact(x, seen, T + input_eos, pad_id), compact(y, scored, T + 1, -100)
+    labels.scatter_(1, n, torch.where(n > 0, eos_id, -100))
+    if input_eos: inputs.scatter_(1, size, eos_id)
+    real = torch.arange(T + input_eos, device=x.device) < size + input_eos
     return dict(input_ids=inputs, attention_mask=real, labels=labels)
 
 def iid_denoising(
@@ -201,52 +177,50 @@ def iid_denoising(
     *,
     style:str, # bert, mass, spans or drop: what stands for a dropped token, and what is the target
     sentinel_ids:Sequence[int]=(), # for bert and mass one id, the mask; for drop none
-    eos_id:int, # ends the target, and the input
+    eos_id:int, input_eos:bool=True, pad_id:int=0, # as for span_corruption
     p:float=.15, # with this probability a free token is dropped, each by itself; in (0,1)
     vocab_size:int|None=None, # V, for bert alone: a tenth of the dropped tokens becomes any of V tokens
-    input_eos:bool=True, pad_id:int=0, # as for span_corruption
     attention_mask:Tensor|None=None, special_mask:Tensor|None=None, # (B,T) as for span_corruption
     generator:torch.Generator|None=None, seeds:Tensor|None=None, # as for span_corruption
 )->dict[str, Tensor]: # input_ids and attention_mask (B,S), labels (B,U)
     """The objectives of Raffel et al. 2020, section 3.3, in which each token's fate is its own. LmnotesError as for
     span_corruption; for an unknown style, and for arguments that the style does not use."""
     known_name(style, ('bert', 'mass', 'spans', 'drop'), 'style')
-    ids, real, free = _packed(ids, attention_mask, special_mask)
-    T, sentinels, (p, _) = ids.shape[1], _checked(ids, sentinel_ids, eos_id), _check_noise(p, 1)
+    ids, real, free, sentinels = _open(ids, attention_mask, special_mask, sentinel_ids, eos_id, pad_id)
     fine = style == 'spans' or len(sentinels) == (style != 'drop')
     require(fine, 'sentinel_ids', sentinels, 'none for drop, and the mask alone for bert and mass')
-    require((vocab_size is None) == (style != 'bert'), 'vocab_size', vocab_size, 'given for bert, and for nothing else')
-    draws = Draws(ids, generator, seeds)
-    noise, x, a = free & (draws.uniform(T) < p), ids, p * (1 - p)    # a: how often a span starts
+    fine = type(vocab_size) is int and vocab_size > 0 if style == 'bert' else vocab_size is None
+    require(fine, 'vocab_size', vocab_size, 'a whole number from 1 for bert, and None for the others')
+    T, (p, _), draws = ids.shape[1], _check_noise(p, 1), Draws(ids, generator, seeds)
+    noise = free & (draws.uniform(T) < p)
     if style == 'drop': return _pair(ids, real & ~noise, ids, noise, eos_id, pad_id, input_eos)
     if style != 'spans':
         x = ids.masked_fill(noise, sentinels[0])
         if style == 'bert': x = torch.where(noise & (draws.uniform(T) < .1), draws.integers(vocab_size, T), x)
         return _pair(x, real, ids, real, eos_id, pad_id, input_eos)
+    a = p * (1 - p)                                                  # how often a span starts
     tokens = min(T, math.ceil(T * p + 5 * (T * a)**.5) + 2)
     spans = min((T + 1) // 2, math.ceil(T * a + 5 * (T * a * (1 - 3 * a))**.5 + 2))
-    _enough(sentinels, spans, False, f'{T} tokens at p={p:g}')
-    places, form = (T + input_eos, tokens + spans + 1), (eos_id, pad_id, False, input_eos)
-    return _to_spans(ids, real, _at_most(noise, tokens, spans), None, sentinels, spans, places, form)
+    require(len(sentinels) >= spans, 'sentinel_ids', f'{len(sentinels)} ids', f'{spans} or more, for {T} tokens at p={p:g}')
+    positions, form = (T + input_eos, tokens + spans + 1), (eos_id, pad_id, False, input_eos)
+    return _to_spans(ids, real, *_runs(noise & (noise.cumsum(-1) <= tokens), spans), sentinels, positions, form)
 
-# %% ../nbs/05d_spans.ipynb #012dc110
+# %% ../nbs/05d_spans.ipynb #72ad4de9
 def deshuffling(
     ids:Tensor, # (B,T) token ids; T of 2 or more
     *,
-    eos_id:int, # ends the target, and the input
-    input_eos:bool=True, pad_id:int=0, # as for span_corruption
-    attention_mask:Tensor|None=None, special_mask:Tensor|None=None, # (B,T) special tokens stay in their places
+    eos_id:int, input_eos:bool=True, pad_id:int=0, # as for span_corruption
+    attention_mask:Tensor|None=None, special_mask:Tensor|None=None, # (B,T) special tokens stay in their positions
     generator:torch.Generator|None=None, seeds:Tensor|None=None, # as for span_corruption
 )->dict[str, Tensor]: # input_ids, attention_mask, labels, (B,T+1)
     """The tokens of each row in random order, and the row itself as target (Raffel et al. 2020, table 3, after [Liu et al.
     2019](https://arxiv.org/abs/1910.00998))."""
-    (real, free), ids = real_and_free(ids, attention_mask, special_mask), ids.long()
-    _checked(ids, (), eos_id)
+    ids, real, free, _ = _open(ids, attention_mask, special_mask, (), eos_id, pad_id)
     order = Draws(ids, generator, seeds).uniform(ids.shape[1]).masked_fill(~free, 2.).argsort(dim=-1, stable=True)
-    place = (~free).int().argsort(dim=-1, stable=True)               # both: the free places first, then the others
+    place = (~free).int().argsort(dim=-1, stable=True)               # both: the free positions first, then the others
     return _pair(ids.scatter(1, place, ids.gather(1, order)), real, ids, real, eos_id, pad_id, input_eos)
 
-# %% ../nbs/05d_spans.ipynb #731d9139
+# %% ../nbs/05d_spans.ipynb #6605a937
 UL2 = (('R', .15, 3, 1), ('R', .15, 8, 1), ('S', .25, math.inf, 1),
        ('X', .5, 3, 1), ('X', .5, 8, 1), ('X', .15, 64, 1), ('X', .5, 64, 1))
 
@@ -261,17 +235,16 @@ def ul2(
     generator:torch.Generator|None=None, seeds:Tensor|None=None, # as for span_corruption
 )->dict[str, Tensor]: # input_ids and attention_mask (B,S), labels (B,U): wide enough for every denoiser
     """Each row is corrupted by one of several denoisers, drawn at random, and told so by a mode token in front ([Tay et al.
-    2022](https://arxiv.org/abs/2205.05131)). LmnotesError as for span_corruption, and for modes without a token."""
-    fine = len(denoisers) > 0 and all(len(d) == 4 for d in denoisers)
-    require(fine, 'denoisers', denoisers, 'one or more of (mode, p, mean_span, weight)')
-    for mode, *_ in denoisers: known_name(mode, mode_ids, 'mode')
-    kinds, w = tuple(_check_noise(p, mean_span) for _, p, mean_span, _ in denoisers), [d[3] for d in denoisers]
-    fine = all(0 <= x < math.inf for x in w) and sum(w) > 0
-    require(fine, 'denoisers', denoisers, 'with weights of 0 or more, not all 0')
+    2022](https://arxiv.org/abs/2205.05131)). LmnotesError as for span_corruption, and for modes without a token of their own."""
+    def fine(d): return isinstance(d, Sequence) and len(d) == 4 and isinstance(d[3], (int, float)) and 0 < d[3] < math.inf
+    require(isinstance(denoisers, Sequence) and denoisers and all(map(fine, denoisers)), 'denoisers', denoisers,
+            'one or more of (mode, p, mean_span, weight), each weight above 0', LmnotesTypeError)
+    require(isinstance(mode_ids, Mapping), 'mode_ids', mode_ids, 'a dictionary: the token of each mode', LmnotesTypeError)
+    modes, rates, mean_spans, w = zip(*denoisers)
+    for mode in modes: known_name(mode, mode_ids, 'mode')
+    kinds, form = tuple(map(_check_noise, rates, mean_spans)), (eos_id, pad_id, close, input_eos)
     up_to = tuple(sum(w[:i + 1]) / sum(w) for i in range(len(w) - 1))
-    def pick(draws): return (draws.uniform(1) >= _constant(up_to, ids.device)).sum(-1)
-    form = eos_id, pad_id, close, input_eos
-    batch, which = _corrupted(ids, kinds, sentinel_ids, form, attention_mask, special_mask, generator, seeds, pick)
-    modes = _constant(tuple(mode_ids[mode] for mode, *_ in denoisers), ids.device)[which]
-    x, real = torch.cat([modes[:, None], batch['input_ids']], 1), F.pad(batch['attention_mask'], (1, 0), value=True)
-    return batch | dict(input_ids=x, attention_mask=real)
+    batch, which = _corrupted(ids, kinds, up_to, sentinel_ids, form, attention_mask, special_mask, generator, seeds)
+    _check_ids('mode_ids', tuple(mode_ids.values()), eos_id, *sentinel_ids)
+    first = _constant(tuple(mode_ids[mode] for mode in modes), ids.device)[which].expand(len(ids))[:, None]
+    return batch | dict(input_ids=torch.cat([first, batch['input_ids']], 1), attention_mask=F.pad(batch['attention_mask'], (1, 0), value=True))

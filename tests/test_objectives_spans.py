@@ -1,10 +1,12 @@
 "Span corruption and its relatives on many random batches: counts, order of the sentinels, the way back, rates, seeds, leaks."
 import math, random
+from functools import partial
 
+import numpy as np
 import pytest, torch
 
 from lmnotes.core import LmnotesError
-from lmnotes.spans import UL2, deshuffling, iid_denoising, restore, span_corruption, ul2
+from lmnotes.spans import UL2, _plan, deshuffling, iid_denoising, restore, span_corruption, ul2
 
 SENTINELS, EOS, MODES = range(999, 799, -1), 1, dict(R=1000, S=1001, X=1002)
 
@@ -12,8 +14,8 @@ SENTINELS, EOS, MODES = range(999, 799, -1), 1, dict(R=1000, S=1001, X=1002)
 def counts(n, p, mean_span):
     "Tokens and spans that T5's scheme drops of n"
     if n < 2: return 0, 0
-    m = min(max(round(n * p), 1), n - 1)
-    return m, min(max(round(m / mean_span), 1), m, n - m)
+    m = min(max(round(np.float32(n) * np.float32(p)), 1), n - 1)                                 # float32, as T5's code
+    return m, min(max(round(np.float32(m) / np.float32(mean_span)), 1), m, n - m)
 
 
 def batches(n, seed):
@@ -161,6 +163,16 @@ def test_shape_follows_from_the_arguments_alone():
     assert shapes == {((3, 512), (3, 512), (3, 114))}                                            # as T5 makes of 568 tokens
 
 
+def test_counts_are_rounded_as_in_t5():
+    "Of 2 to 1200 tokens eight round otherwise in float64: 15% of 190 is 28.5, which T5's float32 makes 29"
+    n = torch.arange(2, 1201)
+    table, _ = _plan(1200, ((.15, 3.), (.3, 8.)), 0, n.device)
+    for row, p, mean_span in zip(table, (.15, .3), (3., 8.)): assert row[2:].tolist() == [list(counts(k, p, mean_span)) for k in n.tolist()]
+    assert [k for k in n.tolist() if table[0, k, 0] != max(1, round(k * .15))][:3] == [190, 350, 390]
+    b = span_corruption(torch.randint(2, 800, (3, 190)), sentinel_ids=SENTINELS, eos_id=EOS)
+    assert (((b['labels'] > 1) & (b['labels'] < 800)).sum(1) == 29).all()
+
+
 def test_rates_on_a_million_tokens():
     g, ids = torch.Generator().manual_seed(0), torch.randint(2, 800, (2000, 512))
     b = span_corruption(ids, sentinel_ids=SENTINELS, eos_id=EOS, generator=g)
@@ -204,7 +216,8 @@ def test_nothing_leaks():
     (dict(p=0), 'p is 0'), (dict(p=1.), 'p is 1.0'), (dict(p=math.nan), 'p is nan'), (dict(p='x'), "p is 'x'"), (dict(mean_span=0), 'mean_span is 0'),
     (dict(mean_span=.5), 'mean_span is 0.5'), (dict(mean_span=math.nan), 'mean_span is nan'), (dict(sentinel_ids=range(900, 902)), '8 or more'),
     (dict(sentinel_ids=range(900, 908), close=True), '9 or more'), (dict(sentinel_ids=[900] * 9), 'differ'), (dict(sentinel_ids=[1, *range(900, 910)]), 'differ'),
-    (dict(sentinel_ids=[-1]), 'sentinel_ids'), (dict(sentinel_ids=900), 'sentinel_ids'), (dict(eos_id=None), 'eos_id is None'),
+    (dict(eos_id=True), 'eos_id is True'), (dict(eos_id=1.), 'eos_id is 1.0'), (dict(mean_span=True), 'mean_span is True'), (dict(sentinel_ids='abc'), 'sentinel_ids'),
+    *((dict(pad_id=x), 'pad_id') for x in (None, 'x', -1, 1.5, 10**12, True)), (dict(sentinel_ids=[-1]), 'sentinel_ids'), (dict(sentinel_ids=900), 'sentinel_ids'), (dict(eos_id=None), 'eos_id is None'),
     (dict(ids=torch.zeros(2, 1, dtype=torch.long)), 'ids.shape'), (dict(attention_mask=torch.ones(2, 3)), 'attention_mask'),
     (dict(generator=torch.Generator(), seeds=torch.zeros(2, dtype=torch.long)), 'seeds')])
 def test_errors(kwargs, words):
@@ -228,6 +241,13 @@ def test_errors_of_the_others():
                 lambda: iid_denoising(ids, style='bert', sentinel_ids=[900], eos_id=EOS), lambda: iid_denoising(ids, style='spans', vocab_size=9, **good),
                 lambda: iid_denoising(ids, style='spans', p=.5, sentinel_ids=range(900, 950), eos_id=EOS), lambda: ul2(ids, mode_ids=dict(R=1, S=2), **good),
                 lambda: ul2(ids, mode_ids=MODES, denoisers=[], **good), lambda: ul2(ids, mode_ids=MODES, denoisers=[('R', .15, 0, 1)], **good),
-                lambda: ul2(ids, mode_ids=MODES, denoisers=[('R', .15, 3, 0)], **good), lambda: deshuffling(ids, eos_id=-1), lambda: deshuffling(ids[:, :1], eos_id=EOS)):
+                lambda: ul2(ids, mode_ids=MODES, denoisers=[('R', .15, 3, 0)], **good), lambda: deshuffling(ids, eos_id=-1), lambda: deshuffling(ids[:, :1], eos_id=EOS),
+                partial(deshuffling, ids, eos_id=EOS, pad_id=None), partial(iid_denoising, ids, style='drop', eos_id=EOS, pad_id=-1),
+                *(partial(iid_denoising, ids, style='bert', sentinel_ids=[900], eos_id=EOS, vocab_size=x) for x in (True, 0, -1, 8.)),
+                *(partial(ul2, ids, mode_ids=MODES | dict(R=x), **good) for x in (-1, 999, EOS, 1001, 1.5, True, None)), partial(ul2, ids, mode_ids=None, **good),
+                *(partial(ul2, ids, mode_ids=MODES, denoisers=x, **good) for x in (None, [1], ['RSXX'], [('R', .15, 3, '1')], [('R', .15, 3, math.nan)])),
+                *(partial(restore, span_corruption(ids, **good), sentinel_ids=x) for x in (None, 'abc', 100, [5, 5]))):
         with pytest.raises(LmnotesError): bad()
+    deshuffling(ids, eos_id=2)
+    with pytest.raises(LmnotesError): deshuffling(ids, eos_id=2.)                                 # equal to 2, and no token id all the same
     assert len({d[0] for d in UL2}) == 3
