@@ -26,54 +26,58 @@ def stop_table(
     texts = (tokenizer.decode([i]).rstrip(' \n"\')]”’') for i in range(len(tokenizer)))
     return torch.tensor([t.endswith(tuple(marks)) for t in texts])
 
-# %% ../nbs/05e_denoising.ipynb #27ce55b3
+# %% ../nbs/05e_denoising.ipynb #518ab644
 def permute_sentences(
     x:Tensor, # (B,T) tokens of each text, from the left on
     n:Tensor, # (B,) how many they are
     ends:Tensor, # (B,T) True = the last token of a sentence
-    u:Tensor, # (B,T) in [0,1): the s-th number of a row is the key of its sentence s
+    u:Tensor, # (B,T) in [0,1): the j-th number of a row is the key of its sentence j
 )->Tensor: # (B,T)
     "Sentences in the order of their keys, each whole: equation (5e.1)."
     sentence = F.pad(ends[:, :-1].long().cumsum(-1), (1, 0))
     beyond = torch.arange(x.shape[1], device=x.device) >= n[:, None]
     return x.gather(1, u.gather(1, sentence).masked_fill(beyond, 2.).argsort(dim=-1, stable=True))
 
-# %% ../nbs/05e_denoising.ipynb #53e9c7af
+# %% ../nbs/05e_denoising.ipynb #169a7ba3
+def _floor(u, n): return (u * 2**24).long() * n >> 24              # of u n, exact: random numbers in [0,1) have 24 bits
+
 def rotate_text(
     x:Tensor, # (B,T) tokens of each text, from the left on
     n:Tensor, # (B,) how many they are
     u:Tensor, # (B,1) in [0,1): says which of them comes first
 )->Tensor: # (B,T)
     "What stands before a random token goes to the end: equation (5e.2)."
-    first, at = (u.double() * n[:, None]).long(), torch.arange(x.shape[1], device=x.device)
+    first, at = _floor(u, n[:, None]), torch.arange(x.shape[1], device=x.device)
     return x.gather(1, ((at + first) % n.clamp(min=1)[:, None]).where(at < n[:, None], at))
 
-# %% ../nbs/05e_denoising.ipynb #5beb30f5
+# %% ../nbs/05e_denoising.ipynb #08c98e53
 def poisson_lengths(
     u:Tensor, # any shape, in [0,1)
-    mean:float, # expected length, from 0.1 to 100
+    mean:float, # expected length mu, from 0.1 to 100
 )->Tensor: # int64, 0 or more
     "Lengths by the inverse of the cumulative distribution: equation (5e.3)."
-    k = torch.arange(mean + 10 * mean**.5 + 10, dtype=torch.float64)
-    table = (k * math.log(mean) - mean - torch.lgamma(k + 1)).exp().cumsum(0).float()
+    l = torch.arange(mean + 10 * mean**.5 + 10, dtype=torch.float64, device='cpu')
+    table = (l * math.log(mean) - mean - torch.lgamma(l + 1)).exp().cumsum(0).float()
     return torch.bucketize(u, table.to(u.device, non_blocking=True), right=True)
 
-# %% ../nbs/05e_denoising.ipynb #484dd91d
+# %% ../nbs/05e_denoising.ipynb #a16d2631
+def _share(n, p, plus): return n * int(p * 2**40) + int(plus * 2**40) >> 40        # floor of n p + plus, by whole numbers
+
 def span_budget(
     n:Tensor, # any shape, free tokens of each row
     p:float, # share of them to hide
-    mean:float, # expected length of a span
+    mean:float, # expected length of a span, mu
 )->tuple[Tensor, Tensor]: # int64: how many tokens to hide, and how many spans that may take
     "The budget, and by equation (5e.5) a number of spans that is hardly ever too small."
-    m = (n.double() * p - 1e-9).ceil().clamp(min=0)
-    return m.long(), ((3 + (9 + m).sqrt())**2 / mean).ceil().long()
+    m = _share(n, p, 1 - 1e-9)
+    return m, ((3 + (9. + m).sqrt())**2 / mean).ceil().long()
 
-# %% ../nbs/05e_denoising.ipynb #970341f2
+# %% ../nbs/05e_denoising.ipynb #bd269a81
 def ranks(
-    u:Tensor, # (B,W) in [0,1)
-    free:Tensor, # (B,W) True = takes part
-)->Tensor: # (B,W) 0 for the smallest u of the places that take part, 1 for the next, …; the others come last
-    "A random order of some places of each row."
+    u:Tensor, # (B,U) in [0,1)
+    free:Tensor, # (B,U) True = takes part
+)->Tensor: # (B,U) 0 for the smallest u of the positions that take part, 1 for the next, …; the others come last
+    "A random order of some positions of each row."
     order = u.masked_fill(~free, 2.).argsort(dim=-1, stable=True)
     return torch.empty_like(order).scatter_(1, order, torch.arange(u.shape[1], device=u.device).expand_as(order))
 
@@ -83,10 +87,10 @@ def infill_spans(
     m:Tensor, # (B,) how many of them to hide
     lengths:Tensor, # (B,J) lengths of spans as drawn, 0 or more
     most:Tensor, # (B,) at most so many spans, no more than J
-    u:Tensor, # (B,W) in [0,1)
+    u:Tensor, # (B,U) in [0,1)
     mask_id:int, # what stands for a span
-)->tuple[Tensor, Tensor, Tensor, Tensor]: # (B,W): tokens; which stand for a span; tokens of x before each; (B,): how many places are used
-    "Exactly m tokens go in spans, one mask for each span, every order of spans and other tokens as likely: equation (5e.4)."
+)->tuple[Tensor, Tensor, Tensor, Tensor]: # (B,U): tokens; which stand for a span; tokens of x before each; (B,): how many places are used
+    "Exactly m tokens go in spans, one mask for each, every order of spans and other tokens equally likely: equation (5e.4)."
     before, j = lengths.cumsum(-1) - lengths, torch.arange(lengths.shape[1], device=x.device)
     rest = m[:, None] - before
     lengths = torch.minimum(lengths, rest).where(j < most[:, None] - 1, rest)       # the last one is cut, or takes what is left
@@ -98,16 +102,16 @@ def infill_spans(
     start = width.cumsum(-1) - width
     return x.gather(1, start.clamp(max=x.shape[1] - 1)).masked_fill(span, mask_id), span, start, size
 
-# %% ../nbs/05e_denoising.ipynb #a9aacb66
+# %% ../nbs/05e_denoising.ipynb #eb9a5884
 def token_noise(
-    x:Tensor, # (B,W) tokens
-    text:Tensor, # (B,W) True = may be damaged
+    x:Tensor, # (B,U) tokens
+    text:Tensor, # (B,U) True = may be damaged
     counts:tuple, # three of (B,): how many to mask, to replace by random tokens, to delete
     draws:Draws, # random numbers of this batch
     mask_id:int, # the id that hides a token
     random_ids:Tensor|int, # (N,) ids a random token is drawn from, or V for all
-)->tuple[Tensor, Tensor]: # (B,W): tokens; True = deleted
-    "Disjoint random sets of these sizes, every choice as likely; where the text is too short the last ones get less."
+)->tuple[Tensor, Tensor]: # (B,U): tokens; True = deleted
+    "Disjoint random sets of these sizes, every choice equally likely; where the text is too short the last ones get less."
     rank = ranks(draws.uniform(x.shape[1]), text)
     mask, random, delete = (c[:, None] for c in torch.stack(counts).cumsum(0))
     all_ids = isinstance(random_ids, int)
@@ -116,26 +120,26 @@ def token_noise(
     x = words.where(text & (rank >= mask) & (rank < random), x).masked_fill(text & (rank < mask), mask_id)
     return x, text & (rank >= random) & (rank < delete)
 
-# %% ../nbs/05e_denoising.ipynb #58454749
+# %% ../nbs/05e_denoising.ipynb #4a1ef921
 def weave(
-    x:Tensor, # (B,W) what is left of the free tokens, and masks
-    keep:Tensor, # (B,W) True = stays
-    before:Tensor, # (B,W) how many of the row's free tokens come before each
+    x:Tensor, # (B,U) what is left of the free tokens, and masks
+    keep:Tensor, # (B,U) True = stays
+    before:Tensor, # (B,U) how many of the row's free tokens come before each
     ids:Tensor, # (B,T) the original
     real:Tensor, # (B,T) True = a token
     free:Tensor, # (B,T) True = a token, and not a special one
     pad_id:int, # what fills up
-)->tuple[Tensor, Tensor]: # (B,W): ids; which of them are real
+)->tuple[Tensor, Tensor]: # (B,U): ids; which of them are real
     "Close the gaps, with the special tokens between the same neighbors as before."
-    W, special = x.shape[1], real & ~free
+    U, special = x.shape[1], real & ~free
     passed = compact(special.cumsum(-1), free, ids.shape[1], 0)                     # special tokens before each free one
     last = (free.sum(-1, keepdim=True) - 1).clamp(min=0)
-    place = (keep.cumsum(-1) - 1 + passed.gather(1, before.minimum(last))).where(keep, W)
-    taken = F.pad(torch.zeros_like(keep), (0, 1)).scatter_(1, place, True)[:, :W]
-    out = F.pad(torch.zeros_like(x), (0, 1)).scatter_(1, place, x)[:, :W]
+    place = (keep.cumsum(-1) - 1 + passed.gather(1, before.minimum(last))).where(keep, U)
+    taken = F.pad(torch.zeros_like(keep), (0, 1)).scatter_(1, place, True)[:, :U]
+    out = F.pad(torch.zeros_like(x), (0, 1)).scatter_(1, place, x)[:, :U]
     number = ((~taken).cumsum(-1) - 1).clamp(min=0)
-    out = out.where(taken, compact(ids, special, W, pad_id).gather(1, number))
-    return out, torch.arange(W, device=x.device) < (keep.sum(-1) + special.sum(-1))[:, None]
+    out = out.where(taken, compact(ids, special, U, pad_id).gather(1, number))
+    return out, torch.arange(U, device=x.device) < (keep.sum(-1) + special.sum(-1))[:, None]
 
 # %% ../nbs/05e_denoising.ipynb #0f4cf03d
 def _check_noise(rates, poisson, ends, shape, vocab_size, pad_id):
@@ -150,7 +154,7 @@ def _check_noise(rates, poisson, ends, shape, vocab_size, pad_id):
     whole = isinstance(pad_id, int) and not isinstance(pad_id, bool)
     require(whole and 0 <= pad_id < vocab_size, 'pad_id', pad_id, f'an id of the vocabulary, from 0 to {vocab_size - 1}')
 
-# %% ../nbs/05e_denoising.ipynb #bf26bd5d
+# %% ../nbs/05e_denoising.ipynb #de5e76d3
 def denoise(
     ids:Tensor, # (B,T) token ids
     *,
@@ -168,11 +172,12 @@ def denoise(
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True = never damaged or moved; none by default
     generator:torch.Generator|None=None, # on the device of ids; torch's own by default
-    seeds:Tensor|None=None, # (B,) one a row: then a row does not depend on the batch around it
-)->dict[str, Tensor]: # input_ids and attention_mask (B,W), W = T or a little more; labels (B,T), all that is real
+    seeds:Tensor|None=None, # (B,) one seed per row: then a row does not depend on the batch around it
+)->dict[str, Tensor]: # input_ids and attention_mask (B,U), U = T or a little more; labels (B,T), all that is real
     """A batch for denoising with an encoder-decoder ([Lewis et al. 2020](https://arxiv.org/abs/1910.13461)). The noises come in
-    the order of the arguments; of n free tokens each rate p takes exactly the next whole number from n p on. Rows come
-    padded on the right. W is T plus span_budget's spans beyond the budget, if any. LmnotesError names an argument that cannot be."""
+    the order of the arguments; of n free tokens each rate p takes exactly n p, rounded up, and the last ones less where too
+    few are left: of 7 tokens infill=.5 takes 4, and delete=.5 the other 3. Rows come padded on the right. U is T plus
+    span_budget's spans beyond the budget, if any. LmnotesError names an argument that cannot be."""
     check_replacement(mask_id, vocab_size, random_ids=random_ids)
     real, free = real_and_free(ids, attention_mask, special_mask)
     _check_noise(dict(infill=infill, mask=mask, random=random, delete=delete), poisson, sentence_ends, ids.shape, vocab_size, pad_id)
@@ -190,7 +195,7 @@ def denoise(
     if infill:
         (m, most), (m_real, most_real) = (span_budget(k, infill, poisson) for k in (n, real.sum(-1)))
         m_T, J = (int(k) for k in span_budget(torch.tensor(T), infill, poisson))    # numbers of the host
-        most = most.minimum(m + (most_real - m_real).clamp(min=0))                  # no row outgrows W
+        most = most.minimum(m + (most_real - m_real).clamp(min=0))                  # no row outgrows U
         lengths = poisson_lengths(draws.uniform(J), poisson)
         x, span, before, size = infill_spans(x, n, m, lengths, most, draws.uniform(T + max(0, J - m_T)), mask_id)
     used = torch.arange(x.shape[1], device=ids.device) < size[:, None]
@@ -199,9 +204,9 @@ def denoise(
         x, gone = token_noise(x, used & ~span, counts, draws, mask_id, vocab_size if random_ids is None else random_ids)
         used = used & ~gone
     x, there = weave(x, used, before, ids, real, free, pad_id)
-    return dict(input_ids=x.contiguous(), attention_mask=there, labels=compact(ids, real, T, -100).contiguous())      # as .view asks
+    return dict(input_ids=x.contiguous(), attention_mask=there, labels=compact(ids, real, T, -100))
 
-# %% ../nbs/05e_denoising.ipynb #2a2afe11
+# %% ../nbs/05e_denoising.ipynb #02664eec
 def mass(
     ids:Tensor, # (B,T) token ids, T of 2 or more
     *,
@@ -213,18 +218,17 @@ def mass(
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True = never chosen; none by default
     generator:torch.Generator|None=None, # on the device of ids; torch's own by default
-    seeds:Tensor|None=None, # (B,) one a row: then a row does not depend on the batch around it
+    seeds:Tensor|None=None, # (B,) one seed per row: then a row does not depend on the batch around it
 )->dict[str, Tensor]: # input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, labels, each (B,T)
     """A batch for masked sequence to sequence pretraining ([Song et al. 2019](https://arxiv.org/abs/1905.02450)): the encoder
-    reads the text without one span, the decoder reads the span's earlier tokens at their own places, and predicts the next:
+    reads the text without one span, the decoder reads the span's earlier tokens at their own positions, and predicts the next:
     equation (5e.7). LmnotesError names an argument that cannot be."""
     real, free = real_and_free(ids, attention_mask, special_mask)
-    share, draws, n, T = check_rate(share, 'share', open=True), Draws(ids, generator, seeds), free.sum(-1, keepdim=True), ids.shape[1]
-    require(T > 1, 'ids.shape', tuple(ids.shape), 'rows of two places or more: a span, and something around it')
-    k = (n.double() * share + .5).long().clamp(min=1)
-    first = (draws.uniform(1).double() * (n - k + 1)).long()
-    rank = free.cumsum(-1) - 1
-    chosen = free & (rank >= first) & (rank < first + k)
+    share, draws, n = check_rate(share, 'share', open=True), Draws(ids, generator, seeds), free.sum(-1, keepdim=True)
+    require(ids.shape[1] > 1, 'ids.shape', tuple(ids.shape), '(B,T) with T of 2 or more: a span, and something around it')
+    m = _share(n, share, .5 + 1e-6).clamp(min=1)
+    first, rank = _floor(draws.uniform(1), n - m + 1), free.cumsum(-1) - 1
+    chosen = free & (rank >= first) & (rank < first + m)
     hidden, labels = corrupt(ids, chosen, draws, mask_id=mask_id, vocab_size=vocab_size, replace=replace, random_ids=random_ids)
     number = chosen.cumsum(-1)
     inside = real & (number > 0) & ((number < number[:, -1:]) | chosen)             # a special token in the midst is read, not scored

@@ -12,6 +12,7 @@ from lmnotes.denoising import denoise, mass, poisson_lengths, span_budget, stop_
 from lmnotes.draws import Draws
 from lmnotes.models import bart, t5
 from lmnotes.scoring import token_loss
+from lmnotes.spans import iid_denoising, span_corruption, ul2
 
 MASK, PAD, V = 3, 1, 500
 
@@ -115,6 +116,37 @@ def test_what_every_noise_keeps(seed, T, p, poisson, rates):
         assert torch.equal(batch['labels'][b, :len(text)], text)
 
 
+def test_no_float64_on_the_device():
+    "Apple's GPUs have none. On the meta device everything runs but the numbers"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **kwargs or {})
+            for t in tree_leaves(out): assert not (isinstance(t, torch.Tensor) and t.is_meta and t.dtype == torch.float64), op
+            return out
+    ids = torch.zeros(3, 20, dtype=torch.long, device='meta')
+    masks = dict(attention_mask=ids == 0, special_mask=ids == 1)
+    with Watch():
+        for draw in (dict(seeds=torch.arange(3)), {}):
+            batch = denoise(ids, mask_id=MASK, vocab_size=V, sentence_ends=ids == 2, rotate=True, mask=.1, random=.1, delete=.1, **masks, **draw)
+            assert batch['labels'].shape == (3, 20) and batch['input_ids'].is_meta
+            assert mass(ids, mask_id=MASK, vocab_size=V, **masks, **draw)['labels'].is_meta
+            kwargs = dict(sentinel_ids=range(400, 500), eos_id=1, **masks, **draw)
+            assert span_corruption(ids, **kwargs)['labels'].is_meta and iid_denoising(ids, style='spans', **kwargs)['labels'].is_meta
+            assert ul2(ids, mode_ids=dict(R=7, S=8, X=9), **kwargs)['labels'].is_meta
+
+
+def test_budgets_by_whole_numbers():
+    "As by float64, where the product is a whole number, too, such as 30% of 10"
+    n = torch.arange(3000)
+    for p in (0., .1, .15, .29, .3, .5, .7, .1 + .2, 1 / 3, .9, 1., *torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist()):
+        assert torch.equal(span_budget(n, p, 3.)[0], (n.double() * p - 1e-9).ceil().long().clamp(min=0))
+        if p: assert [int((mass(torch.ones(1, k, dtype=torch.long), mask_id=MASK, vocab_size=V, share=p)['labels'] != -100).sum()) for k in (5, 10, 15, 50)] == [
+            max(1, math.floor(k * p + .5 + 1e-6)) for k in (5, 10, 15, 50)]
+
+
 def test_rates_and_lengths_on_a_million_tokens():
     ids = (torch.arange(500) + 10).expand(2000, 500)
     batch = denoise(ids, mask_id=MASK, vocab_size=V + 100, pad_id=PAD, generator=torch.Generator().manual_seed(1))
@@ -173,7 +205,7 @@ def test_mass(seed, T, share, left):
     assert torch.equal(batch['input_ids'].where(~scored, batch['labels']), ids) and not (scored & ~free).any()         # the original comes back
     for b in range(20):
         n, places = int(free[b].sum()), scored[b].nonzero()[:, 0]
-        assert len(places) == (max(1, math.floor(n * share + .5)) if n else 0)
+        assert len(places) == (max(1, math.floor(n * share + .5 + 1e-6)) if n else 0)
         if not n: assert not inside[b].any(); continue
         first, last = int(places[0]), int(places[-1])
         assert torch.equal(free[b, first:last + 1], scored[b, first:last + 1])                                        # one span
