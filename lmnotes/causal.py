@@ -36,9 +36,9 @@ def clm(
     return dict(input_ids=ids, attention_mask=real, position_ids=at - at.where(new, 0).cummax(1).values,
                 labels=labels.masked_fill(new, -100), segment_ids=segments)
 
-# %% ../nbs/05b_causal.ipynb #283583cb
+# %% ../nbs/05b_causal.ipynb #e5a46797
 def _lengths(given, name, n, T, draws):
-    "Lengths (B,): the caller's, or drawn, 1 to n - 1 each as likely (1 where n is below 2)"
+    "Lengths (B,): the caller's, or drawn, 1 to n - 1 equally likely (1 where n is below 2)"
     if given is None: return 1 + (draws.uniform(1)[:, 0] * (n - 1)).long().minimum(n - 2).clamp(min=0)
     whole = isinstance(given, Tensor) and not (given.is_floating_point() or given.dtype == torch.bool)
     got = f'{given.dtype} {tuple(given.shape)}' if isinstance(given, Tensor) else type(given).__name__
@@ -47,7 +47,7 @@ def _lengths(given, name, n, T, draws):
     require(ok, name, given, f'from 0 to T = {T}')
     return given.to(n.device)
 
-# %% ../nbs/05b_causal.ipynb #86c0a212
+# %% ../nbs/05b_causal.ipynb #b41d8f55
 def prefix_lm(
     ids:Tensor, # (B,T) token ids
     *,
@@ -56,7 +56,7 @@ def prefix_lm(
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True = read but not scored; not with decoder
     generator:torch.Generator|None=None, # on the device of ids; torch's own by default
-    seeds:Tensor|None=None, # (B,) one a row: then a row does not depend on the batch around it
+    seeds:Tensor|None=None, # (B,) one seed per row: then a row does not depend on the batch around it
 )->dict[str, Tensor]: # input_ids, position_ids, labels (B,T), attention_mask (B,1,T,T); with decoder no positions, all (B,T)
     """A batch for prefix language modeling ([Liu et al. 2018](https://arxiv.org/abs/1801.10198),
     [Raffel et al. 2020](https://arxiv.org/abs/1910.10683)), equations (5b.3) and (5b.4). For models that read by the
@@ -78,20 +78,20 @@ def prefix_lm(
     labels = F.pad(ids[:, 1:].masked_fill(~scored, -100), (0, 1), value=-100)
     return dict(input_ids=ids, attention_mask=mask, position_ids=at, labels=labels)
 
-# %% ../nbs/05b_causal.ipynb #6d17f396
+# %% ../nbs/05b_causal.ipynb #a8db0b00
 def fim_places(
-    k:Tensor, # (B,T) place of each token in its text, from 0; below 0 = stands before it, from m on = after it
-    m:Tensor, # (B,) tokens of the text
+    k:Tensor, # (B,T) position of each token in its text, from 0; below 0 = stands before it, from n on = after it
+    n:Tensor, # (B,) tokens of the text
     i:Tensor, # (B,) where the middle begins, 0 to j
-    j:Tensor, # (B,) where the suffix begins, i to m
+    j:Tensor, # (B,) where the suffix begins, i to n
 )->tuple[Tensor, Tensor]: # (B,T) where each token goes; (B,3) where the prefix, suffix and middle sentinels stand
     "Prefix, suffix, middle, each after its sentinel: equation (5b.5)."
-    m, i, j = m[:, None], i[:, None], j[:, None]
-    inside = torch.where(k < i, k + 1, torch.where(k < j, k + m - j + 3, k - j + i + 2))
-    to = torch.where(k < 0, k, torch.where(k < m, inside, k + 3))
-    return to, torch.cat([torch.zeros_like(i), i + 1, i + m - j + 2], 1)
+    n, i, j = n[:, None], i[:, None], j[:, None]
+    inside = torch.where(k < i, k + 1, torch.where(k < j, k + n - j + 3, k - j + i + 2))
+    to = torch.where(k < 0, k, torch.where(k < n, inside, k + 3))
+    return to, torch.cat([torch.zeros_like(i), i + 1, i + n - j + 2], 1)
 
-# %% ../nbs/05b_causal.ipynb #09978d62
+# %% ../nbs/05b_causal.ipynb #9d0bfc94
 def fim(
     ids:Tensor, # (B,T) token ids
     *,
@@ -103,10 +103,10 @@ def fim(
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True at a row's ends = stays at that end; all is scored
     generator:torch.Generator|None=None, # on the device of ids; torch's own by default
-    seeds:Tensor|None=None, # (B,) one a row: then a row does not depend on the batch around it
+    seeds:Tensor|None=None, # (B,) one seed per row: then a row does not depend on the batch around it
 )->dict[str, Tensor]: # input_ids, attention_mask, position_ids, labels, each (B,T+3), padded on the right with 0
     """A causal batch in which some rows are to be filled in the middle
-    ([Bavarian et al. 2022](https://arxiv.org/abs/2207.14255)), equation (5b.5): cut at two places, each as likely. Labels
+    ([Bavarian et al. 2022](https://arxiv.org/abs/2207.14255)), equation (5b.5): two cuts, all equally likely. Labels
     as in clm, sentinels and special tokens among them. A row without a free token stays as it is. LmnotesError names an
     argument that cannot be."""
     (real, free), (B, T) = real_and_free(ids, attention_mask, special_mask), ids.shape
@@ -116,11 +116,11 @@ def fim(
         require(fine, name, x, f'an id of the vocabulary, and none of the other two; the three are {sentinels}')
     at, seen, left = _places(real), free.cumsum(1), free.flip(1).cumsum(1).flip(1)
     head = (real & (seen == 0)).sum(1)                                    # what stands before the first free token
-    m = (real & (seen > 0) & (left > 0)).sum(1)                           # from there to the last free one
+    n = (real & (seen > 0) & (left > 0)).sum(1)                           # from there to the last free one
     u = Draws(ids, generator, seeds).uniform(4)
-    i, j = (u[:, 2:] * (m + 1)[:, None]).long().minimum(m[:, None]).sort(1).values.unbind(1)
-    to, marks = fim_places(at - head[:, None], m, i.where(u[:, 1] >= spm, 0), j)        # SPM is PSM without a prefix
-    moved = ((u[:, 0] < p) & (m > 0))[:, None]
+    i, j = (u[:, 2:] * (n + 1)[:, None]).long().minimum(n[:, None]).sort(1).values.unbind(1)
+    to, marks = fim_places(at - head[:, None], n, i.where(u[:, 1] >= spm, 0), j)        # SPM is PSM without a prefix
+    moved = ((u[:, 0] < p) & (n > 0))[:, None]
     to = torch.where(moved, to + head[:, None], at).where(real, T + 3)
     marks = (marks + head[:, None]).where(moved, T + 3)
     x = torch.cat([ids, *(torch.full_like(ids[:, :1], s) for s in sentinels)], 1)
