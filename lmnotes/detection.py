@@ -33,26 +33,26 @@ def sample_ids(
     below = (u[..., None] * 2**24).long() * total[..., -1:] >> 24        # u as so many 2**-24: all that float32 has
     return torch.searchsorted(total, below, right=True)[..., 0]
 
-# %% ../nbs/05i_detection.ipynb #02cf3dbe
+# %% ../nbs/05i_detection.ipynb #e7852f83
 def replaced_token_detection(
     ids:Tensor, # (B,T) the original token ids, nothing masked
-    generator_logits:Tensor, # (B,T,V) what the generator says of each place; or (N,V), of the masked ones in order
+    generator_logits:Tensor, # (B,T,V) what the generator says of each position; or (N,V), of the masked ones in order
     *,
     masked:Tensor, # (B,T) True = masked for the generator: labels != -100 in a batch of mlm
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True = never replaced and not scored; none by default
     generator:torch.Generator|None=None, # random numbers, on the device of ids; torch's own by default
-    seeds:Tensor|None=None, # (B,) one a row: then a row does not depend on the batch around it
+    seeds:Tensor|None=None, # (B,) one seed per row: then a row does not depend on the batch around it
 )->dict[str, Tensor]: # input_ids, attention_mask, labels, (B,T): 1 = replaced, 0 = original, -100 = not scored
     """What the discriminator reads and must say ([Clark et al. 2020](https://arxiv.org/abs/2003.10555)), equation (5i.2): a
-    sampled id at each masked place. One that happens to be the original counts as original. LmnotesError names what does
+    sampled id at each masked position. One that happens to be the original counts as original. LmnotesError names what does
     not fit."""
     real, free = real_and_free(ids, attention_mask, special_mask)
     fine = isinstance(masked, Tensor) and masked.shape == ids.shape and masked.dtype == torch.bool
     is_ = getattr(masked, 'dtype', type(masked).__name__), tuple(getattr(masked, 'shape', ()))
     require(fine, 'masked', is_, f'a boolean tensor {tuple(ids.shape)}')
     shape = tuple(getattr(generator_logits, 'shape', [type(generator_logits).__name__]))
-    allowed = f'({ids.shape[0]}, {ids.shape[1]}, V), or (N, V) of N masked places'
+    allowed = f'({ids.shape[0]}, {ids.shape[1]}, V), or (N, V) of N masked positions'
     require(shape[:-1] == ids.shape or len(shape) == 2, 'generator_logits', shape, allowed)
     masked, u = masked.to(ids.device), Draws(ids, generator, seeds).uniform(ids.shape[1])
     if len(shape) == 3: sampled = sample_ids(generator_logits, u)
@@ -64,11 +64,11 @@ def replaced_token_detection(
     found = sampled.where(masked & free, ids)
     return dict(input_ids=found, attention_mask=real, labels=(found != ids).long().masked_fill(~free, -100))
 
-# %% ../nbs/05i_detection.ipynb #f090db74
+# %% ../nbs/05i_detection.ipynb #7d67fc37
 def detection_loss(
     logits:Tensor, # (B,T) or (B,T,1) logits of replaced; or (B,T,2) of original and replaced
     labels:Tensor, # (B,T) 1 = replaced, 0 = original, -100 = not scored
-)->tuple[Tensor, Tensor]: # sum over the scored places, nats; their number, a 0-d tensor
+)->tuple[Tensor, Tensor]: # sum over the scored positions, nats; their number, a 0-d tensor
     "Binary cross-entropy, equation (5i.3). Two logits say the same as their difference."
     two = logits.ndim == 3 and logits.shape[-1] == 2
     one = logits[..., 1] - logits[..., 0] if two else logits.reshape(labels.shape)
@@ -76,24 +76,24 @@ def detection_loss(
     each = F.binary_cross_entropy_with_logits(one.float(), labels.clamp(min=0).float(), reduction='none')
     return each.where(scored, 0.).sum(), scored.sum()
 
-# %% ../nbs/05i_detection.ipynb #24a90766
+# %% ../nbs/05i_detection.ipynb #23a1269a
 @dataclass
 class ElectraOutput:
     "What a pass through generator and discriminator gives."
     generator_nll:Tensor      # 0-d, sum of -ln p of the masked tokens, nats
     n_masked:int              # their number
     detection_nll:Tensor      # 0-d, sum of the binary cross-entropy, nats
-    n_scored:int              # places it is over
+    n_scored:int              # positions it is over
     batch:dict                # what the discriminator read, and its labels
     logits:Tensor             # what it said
 
-# %% ../nbs/05i_detection.ipynb #bae3f515
+# %% ../nbs/05i_detection.ipynb #1de35681
 class Electra(nn.Module):
     """A generator and a discriminator that share their token embedding, trained together on batches of mlm. Both get
     the gradient of their own loss only: none goes through sampling. LmnotesError where the embeddings do not fit."""
     def __init__(self,
         generator:nn.Module, # a small masked language model: takes input_ids, attention_mask; gives logits (B,T,V)
-        discriminator:nn.Module, # one or two logits a place: bert(V, head='tagging'), ElectraForPreTraining
+        discriminator:nn.Module, # one or two logits per position: bert(V, head='tagging'), ElectraForPreTraining
         weight:float=50., # lambda, of the detection loss
         share:bool=True, # one token embedding for both
     ):
@@ -111,7 +111,7 @@ class Electra(nn.Module):
 
     def forward(self,
         input_ids:Tensor, # (B,T) with masks, as mlm gives them
-        labels:Tensor, # (B,T) the original id at masked places, -100 elsewhere
+        labels:Tensor, # (B,T) the original id at masked positions, -100 elsewhere
         attention_mask:Tensor|None=None, # (B,T) True = real
         special_mask:Tensor|None=None, # (B,T) True = not scored; by default all that is real is, as in ELECTRA's program
         **more, # token_type_ids, position_ids: both models get them
