@@ -93,7 +93,7 @@ def _try(model):
     heard = same(packed, run(other, b, **given), near / 10)
     return dict(mask=heard, packs=heard and same(packed, alone), left=same(padded, alone), shift=shift)
 
-# %% ../nbs/04e_inputs.ipynb #e26a8998
+# %% ../nbs/04e_inputs.ipynb #60ae95e4
 def _check_mask(batch):
     ids, mask = batch.get('input_ids'), batch.get('attention_mask')
     require(isinstance(ids, Tensor) and ids.ndim == 2, 'batch', list(batch), 'a dictionary with input_ids, a (B,T) tensor')
@@ -108,7 +108,7 @@ def _check_past(model, name, mask):
     "A causal model cannot obey a mask that allows later tokens; looked at on a CPU only, a GPU would have to wait"
     if mask is None or mask.device.type != 'cpu' or mask.ndim == 2 or mask.shape[2] == 1 or model_kind(model) != 'causal': return
     later = (mask & ~causal_mask(*mask.shape[2:])).any()
-    require(not later, 'attention_mask', 'one under which places read later ones',
+    require(not later, 'attention_mask', 'one under which positions read later ones',
             f'mask & causal_mask(T), or segment_ids for packed texts: {name} reads the past alone, and moves labels by itself')
 
 def _read_by_mask(model, name, mask, T):

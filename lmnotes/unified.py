@@ -28,12 +28,12 @@ def mixed_mask(
     may = (k == 0) | (k == 2) & future | ((k == 1) | (k == 3)) & past | (k == 3) & source[:, None, None]
     return may & real[:, None, None]
 
-# %% ../nbs/05f_unified.ipynb #9de6f25d
+# %% ../nbs/05f_unified.ipynb #53cba2f9
 def six_segments(
     kinds:Tensor, # (B,) 0 to 3, the kind of each row
     source:Tensor, # (B,T) True = belongs to the source, the first segment
 )->Tensor: # (B,T) token_type_ids: 0, 1 bidirectional; 2 left to right; 3 right to left; 4, 5 sequence to sequence
-    "They tell the model under which mask it reads, and which of two segments: equation (5f.2)."
+    "They tell the model under which mask it reads, and which of two segments."
     k = kinds[:, None]
     return k + (k > 0) + ((k == 0) | (k == 3)) * ~source
 
@@ -47,24 +47,24 @@ def check_proportions(
     require(fine, 'proportions', proportions, f'four shares that add up to 1: {", ".join(KINDS)}')
     return [sum(proportions[:k + 1]) for k in range(3)]
 
-# %% ../nbs/05f_unified.ipynb #8ea10be8
+# %% ../nbs/05f_unified.ipynb #3e04f90d
 def unilm(
     ids:Tensor, # (B,T) token ids
     *,
     source_lengths:Tensor|None=None, # (B,) tokens of each first segment, 0 to T; by default drawn, 1 to n - 1 of n real ones
     mask_id:int, # the id that hides a token
     vocab_size:int, # V, number of ids; mask_id is one of them
-    p:float=.15, # in [0,1], chance of a free token to be asked for
+    p:float=.15, # in [0,1], chance of a free token to be hidden and predicted
     proportions=(1/3, 1/6, 1/6, 1/3), # of bidirectional, left-to-right, right-to-left, sequence-to-sequence rows
     replace=(.8, .1, .1), # shares of mask, random token, kept among the chosen
     random_ids:Tensor|None=None, # (N,) on the device of ids: what a random token is drawn from; all V by default, special ones too
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True = never chosen; none by default
     generator:torch.Generator|None=None, # on the device of ids; torch's own by default
-    seeds:Tensor|None=None, # (B,) one a row: then a row does not depend on the batch around it
+    seeds:Tensor|None=None, # (B,) one seed per row: then a row does not depend on the batch around it
 )->dict[str, Tensor]: # input_ids, position_ids, token_type_ids, labels (B,T); attention_mask (B,1,T,T); kinds (B,)
-    """A batch for UniLM's pretraining ([Dong et al. 2019](https://arxiv.org/abs/1905.03197)), equations (5f.1) to (5f.3):
-    each row draws one of four masks, and under each the question is the same, which token was here? Nothing moves, and the
+    """A batch for UniLM's pretraining ([Dong et al. 2019](https://arxiv.org/abs/1905.03197)), equations (5f.1) and (5f.2):
+    each row draws one of four masks, and the task is the same under each, which token was here? Nothing moves, and the
     model does not shift. kinds are for the reader: call a model by model(**model_inputs(model, batch)), which leaves them
     out. LmnotesError names an argument that cannot be."""
     (real, free), ends, (B, T) = real_and_free(ids, attention_mask, special_mask), check_proportions(proportions), ids.shape
