@@ -20,7 +20,7 @@ from .draws import Draws, choose, real_and_free
 from .inputs import model_inputs
 from .lm import _wide, evaluating, model_kind
 
-# %% ../nbs/05k_diffusion.ipynb #ca09a3fe
+# %% ../nbs/05k_diffusion.ipynb #c0d7b609
 def _check_mask_id(mask_id):
     fine = isinstance(mask_id, int) and not isinstance(mask_id, bool) and mask_id >= 0
     require(fine, 'mask_id', mask_id, 'the id of the mask token, 0 or more')
@@ -29,15 +29,15 @@ def masked_diffusion(
     ids:Tensor, # (B,T) token ids
     *,
     mask_id:int, # what stands for a hidden token
-    counted:bool=True, # draw the number that is hidden (True), or hide each place with probability t (False)
+    counted:bool=True, # draw the number that is hidden (True), or hide each position with probability t (False)
     spread:bool|None=None, # rates evenly spread over the rows of the batch, instead of one by one; None: where there are no seeds
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     special_mask:Tensor|None=None, # (B,T) True = given, never hidden; none by default
     generator:torch.Generator|None=None, # on the device of ids; torch's own by default
     seeds:Tensor|None=None, # (B,) a seed for each row, instead of a generator
 )->dict[str, Tensor]: # input_ids, attention_mask, labels (B,T); weights (B,), the factor of each row's loss; n_free (B,)
-    """Mask each row at a rate t of its own, evenly drawn from 0 to 1, [Sahoo et al. 2024](https://arxiv.org/abs/2406.07524).
-    With counted, exactly k of the n free places, k = t n rounded up, and the weight is n / k: equation (5k.6). Without, the
+    """Mask each row at a rate t of its own, uniform from 0 to 1, [Sahoo et al. 2024](https://arxiv.org/abs/2406.07524).
+    With counted, exactly k of the n free positions, k = t n rounded up, and the weight is n / k: equation (5k.4). Without, the
     weight is 1 / t: equation (5k.5). For diffusion_loss. LmnotesError names an argument that cannot be."""
     real, free = real_and_free(ids, attention_mask, special_mask)
     _check_mask_id(mask_id)
@@ -53,12 +53,12 @@ def masked_diffusion(
     return dict(input_ids=ids.masked_fill(hidden, mask_id), attention_mask=real,
                 labels=ids.masked_fill(~hidden, -100), weights=weights, n_free=n)
 
-# %% ../nbs/05k_diffusion.ipynb #5e541fa5
+# %% ../nbs/05k_diffusion.ipynb #2e291407
 def diffusion_loss(
     model:nn.Module, # a masked model, ours or transformers'
     batch:Mapping, # from masked_diffusion
 )->tuple[Tensor|float, int]: # weighted sum of -ln p, with its graph; number of tokens it is about, hidden or not
-    """The bound (5k.5) or (5k.6), estimated from one draw a row: sum / count is at least the negative log-likelihood, in nats
+    """The bound (5k.4) or (5k.5), estimated from one draw per row: sum / count is at least the negative log-likelihood, in nats
     per token, on average over draws. For a Learner: loss=diffusion_loss."""
     require(isinstance(batch, Mapping) and {'weights', 'n_free'} <= set(batch), 'batch', list(batch), 'what masked_diffusion returns')
     require((kind := model_kind(model)) == 'masked', 'model', f'a {kind} one', 'one that reads both ways and does not shift its labels')
@@ -70,7 +70,7 @@ def diffusion_loss(
     nll = F.cross_entropy(_wide(logits), labels[hidden], reduction='none')
     return (nll * batch['weights'][:, None].expand_as(labels)[hidden]).sum(), n
 
-# %% ../nbs/05k_diffusion.ipynb #e753aa72
+# %% ../nbs/05k_diffusion.ipynb #e908cc33
 class Bound(NamedTuple):
     "At most how surprised a masked model is by texts."
     nll:float                         # upper bound on -ln p of all texts together, nats; lm.bits_per_byte turns it into bits
@@ -87,27 +87,27 @@ def diffusion_bound(
     special_mask:Tensor|None=None, # (B,T) True = given; none by default
     generator:torch.Generator|None=None, # on the device of ids; torch's own by default
 )->Bound: # nll in nats, se in nats, n_tokens
-    "Estimate the bound (5k.6) on the negative log-likelihood, without dropout, from several draws; their spread gives the error."
+    "Estimate the bound (5k.4) on the negative log-likelihood, without dropout, from several draws; their spread gives the error."
     require(isinstance(samples, int) and samples >= 2, 'samples', samples, 'a whole number of 2 or more')
     options = dict(mask_id=mask_id, attention_mask=attention_mask, special_mask=special_mask, generator=generator)
     with evaluating(model): found = [diffusion_loss(model, masked_diffusion(ids, **options)) for _ in range(samples)]
     sums = torch.tensor([float(s) for s, _ in found], dtype=torch.float64)
     return Bound(sums.mean().item(), (sums.std() / math.sqrt(samples)).item(), found[0][1])
 
-# %% ../nbs/05k_diffusion.ipynb #aa088242
+# %% ../nbs/05k_diffusion.ipynb #f45c3829
 def diffusion_sample(
     model:nn.Module, # a masked model, ours or transformers'
     ids:Tensor, # (B,T) a text with mask_id where something is to be written
     *,
     mask_id:int, # what stands for a hidden token; it is never written
-    steps:int|None=None, # runs of the model; None: one a token, which is exact
+    steps:int|None=None, # runs of the model; None: one per token, which is exact
     temperature:float=1., # divides the logits; 0 = the most probable token
-    confident:bool=False, # write where the model is most sure (True), or at random places (False)
+    confident:bool=False, # write where the model is most sure (True), or at random positions (False)
     attention_mask:Tensor|None=None, # (B,T) True = real; everything by default
     generator:torch.Generator|None=None, # on the device of ids; torch's own by default
     seeds:Tensor|None=None, # (B,) a seed for each row, instead of a generator
 )->Tensor: # (B,T) the text with no mask left in it
-    """Fill in what is hidden, in equal parts a step. Tokens of one step are drawn independently. The random order draws from
+    """Fill in what is hidden, in equal parts per step. Tokens of one step are drawn independently. The random order draws from
     what the bound is about; the confident one, [Chang et al. 2022](https://arxiv.org/abs/2202.04200), from something narrower."""
     real, _ = real_and_free(ids, attention_mask)
     _check_mask_id(mask_id)
