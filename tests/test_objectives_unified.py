@@ -25,6 +25,13 @@ def texts(rng, B, T):
 def call(ids, **more): return unilm(ids, **dict(mask_id=MASK, vocab_size=V) | more)
 
 
+def test_mixed_kinds_are_refused_by_a_causal_model_and_kinds_are_no_argument_of_one():
+    from lmnotes.models import gpt2
+    batch = unilm(torch.randint(0, 90, (8, 9)), mask_id=MASK, vocab_size=V, seeds=torch.arange(8))
+    with pytest.raises(LmnotesError, match='attention_mask'): token_loss(gpt2(V, d_model=32, n_heads=4), batch)
+    assert 'kinds' not in model_inputs(unilm_model(V, d_model=32, n_heads=4), batch)
+
+
 def test_masks_and_segments_place_by_place():
     rng = np.random.default_rng(0)
     for i in range(300):
