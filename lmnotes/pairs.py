@@ -151,7 +151,7 @@ def nsp(
     batch = lay_out(sentences, which, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id, max_len=max_len)
     return batch | dict(next_sentence_label=negative.long())
 
-# %% ../nbs/05h_pairs.ipynb #5ae7caaf
+# %% ../nbs/05h_pairs.ipynb #83dabd6d
 def sentence_order(
     documents, # list of documents, each a list of k sentences or more, each a list of token ids without special ones
     *,
@@ -165,7 +165,7 @@ def sentence_order(
     generator:torch.Generator|None=None, # on the CPU; torch's own by default
 )->dict: # as nsp with sentence_order_label (n,), 1 = swapped; k > 2: (n,k) original places, and sentence_places (n,k)
     """The order of neighbors. k = 2: exactly half are swapped ([Lan et al. 2020](https://arxiv.org/abs/1909.11942)). k > 2:
-    shuffled, every order as likely, a label for each sentence. Runs in which a text occurs twice are left out."""
+    shuffled, all orders equally likely, a label for each sentence. Runs in which a text occurs twice are left out."""
     require(isinstance(k, int) and 2 <= k <= 5, 'k', k, '2, 3, 4 or 5')
     sentences = read_documents(documents, k, skip_short)
     first = sentences.windows(k)
