@@ -17,7 +17,8 @@ from torch import Tensor
 from .core import LmnotesTypeError, known_name, require
 from .draws import Draws, check_rate, compact, real_and_free
 
-# %% ../nbs/05d_spans.ipynb #16ce7311
+# %% ../nbs/05d_spans.ipynb #ba30d453
+#| code-fold: true
 @lru_cache(maxsize=128)
 def _plan(T, kinds, special, device):
     "Equation (5d.1): m and K by kind of noise and n, (kinds,T+1,2); most dropped, others, spans, pieces of them, input"
@@ -32,7 +33,8 @@ def _plan(T, kinds, special, device):
 @lru_cache(maxsize=128)
 def _constant(values, device): return torch.tensor(values).to(device, non_blocking=True)
 
-# %% ../nbs/05d_spans.ipynb #9929fdde
+# %% ../nbs/05d_spans.ipynb #f980943b
+#| code-fold: true
 def _parts(u, n, k, most):
     "Where k parts of n items start, and their end, (B,most+1): equation (5d.2), every way to cut equally likely"
     gap = torch.arange(1, u.shape[1] + 1, device=u.device)
@@ -47,7 +49,8 @@ def _draw_spans(draws, n, m, K, most, spans):
     b, a = _parts(draws.uniform(most[0]), m, K, spans), _parts(draws.uniform(most[1]), n - m, K, spans)
     return a[:, 1:] + b[:, :-1], a[:, 1:] + b[:, 1:]
 
-# %% ../nbs/05d_spans.ipynb #ebadf621
+# %% ../nbs/05d_spans.ipynb #15bb49b8
+#| code-fold: true
 def _runs(noise, spans):
     "Where runs of True start and end, (B,spans) each: the first so many, T where there is none"
     (B, T), t = noise.shape, torch.arange(noise.shape[1] + 1, device=noise.device)
@@ -74,7 +77,8 @@ def _to_spans(ids, real, first, end, sentinels, positions, form):
     x, y = out[:, :inputs].contiguous(), out[:, inputs:width].contiguous()
     return dict(input_ids=x, attention_mask=t[:inputs] < size + input_eos, labels=y)
 
-# %% ../nbs/05d_spans.ipynb #d164f55d
+# %% ../nbs/05d_spans.ipynb #89d053b6
+#| code-fold: true
 def _check_ids(name, ids, *others):
     fine = isinstance(ids, Sequence) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     fine = fine and len({*ids, *others}) == len(ids) + len(others)
