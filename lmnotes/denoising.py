@@ -60,7 +60,8 @@ def poisson_lengths(
     table = (l * math.log(mean) - mean - torch.lgamma(l + 1)).exp().cumsum(0).float()
     return torch.bucketize(u, table.to(u.device, non_blocking=True), right=True)
 
-# %% ../nbs/05e_denoising.ipynb #a16d2631
+# %% ../nbs/05e_denoising.ipynb #5e90f1b0
+#| code-fold: true
 def _share(n, p, plus): return n * int(p * 2**40) + int(plus * 2**40) >> 40        # floor of n p + plus, by whole numbers
 
 def span_budget(
@@ -68,11 +69,12 @@ def span_budget(
     p:float, # share of them to hide
     mean:float, # expected length of a span, mu
 )->tuple[Tensor, Tensor]: # int64: how many tokens to hide, and how many spans that may take
-    "The budget, and by equation (5e.5) a number of spans that is hardly ever too small."
+    "The budget, and a number of spans that is too small for one row in sixty million."
     m = _share(n, p, 1 - 1e-9)
     return m, ((3 + (9. + m).sqrt())**2 / mean).ceil().long()
 
-# %% ../nbs/05e_denoising.ipynb #bd269a81
+# %% ../nbs/05e_denoising.ipynb #75c57a4a
+#| code-fold: true
 def ranks(
     u:Tensor, # (B,U) in [0,1)
     free:Tensor, # (B,U) True = takes part
@@ -89,7 +91,7 @@ def infill_spans(
     most:Tensor, # (B,) at most so many spans, no more than J
     u:Tensor, # (B,U) in [0,1)
     mask_id:int, # what stands for a span
-)->tuple[Tensor, Tensor, Tensor, Tensor]: # (B,U): tokens; which stand for a span; tokens of x before each; (B,): how many places are used
+)->tuple[Tensor, Tensor, Tensor, Tensor]: # (B,U): tokens; which stand for a span; tokens of x before each; (B,): how many positions are used
     "Exactly m tokens go in spans, one mask for each, every order of spans and other tokens equally likely: equation (5e.4)."
     before, j = lengths.cumsum(-1) - lengths, torch.arange(lengths.shape[1], device=x.device)
     rest = m[:, None] - before
@@ -97,7 +99,7 @@ def infill_spans(
     count = ((rest > 0) & (j < most[:, None])).sum(-1)
     size = n - m + count
     rank = ranks(u, torch.arange(u.shape[1], device=x.device) < size[:, None])
-    span = rank < count[:, None]                                                    # the place of rank r gets the r-th length
+    span = rank < count[:, None]                                                    # the position of rank r gets the r-th length
     width = lengths.gather(1, rank.clamp(max=len(j) - 1)).where(span, 1)
     start = width.cumsum(-1) - width
     return x.gather(1, start.clamp(max=x.shape[1] - 1)).masked_fill(span, mask_id), span, start, size
@@ -120,7 +122,8 @@ def token_noise(
     x = words.where(text & (rank >= mask) & (rank < random), x).masked_fill(text & (rank < mask), mask_id)
     return x, text & (rank >= random) & (rank < delete)
 
-# %% ../nbs/05e_denoising.ipynb #4a1ef921
+# %% ../nbs/05e_denoising.ipynb #fe90210b
+#| code-fold: true
 def weave(
     x:Tensor, # (B,U) what is left of the free tokens, and masks
     keep:Tensor, # (B,U) True = stays
@@ -141,7 +144,8 @@ def weave(
     out = out.where(taken, compact(ids, special, U, pad_id).gather(1, number))
     return out, torch.arange(U, device=x.device) < (keep.sum(-1) + special.sum(-1))[:, None]
 
-# %% ../nbs/05e_denoising.ipynb #0f4cf03d
+# %% ../nbs/05e_denoising.ipynb #c3fe8881
+#| code-fold: true
 def _check_noise(rates, poisson, ends, shape, vocab_size, pad_id):
     "LmnotesError names the argument that cannot be"
     for name, p in rates.items(): check_rate(p, name)
@@ -206,7 +210,7 @@ def denoise(
     x, there = weave(x, used, before, ids, real, free, pad_id)
     return dict(input_ids=x.contiguous(), attention_mask=there, labels=compact(ids, real, T, -100))
 
-# %% ../nbs/05e_denoising.ipynb #02664eec
+# %% ../nbs/05e_denoising.ipynb #08cf759a
 def mass(
     ids:Tensor, # (B,T) token ids, T of 2 or more
     *,
@@ -222,7 +226,7 @@ def mass(
 )->dict[str, Tensor]: # input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, labels, each (B,T)
     """A batch for masked sequence to sequence pretraining ([Song et al. 2019](https://arxiv.org/abs/1905.02450)): the encoder
     reads the text without one span, the decoder reads the span's earlier tokens at their own positions, and predicts the next:
-    equation (5e.7). LmnotesError names an argument that cannot be."""
+    equation (5e.6). LmnotesError names an argument that cannot be."""
     real, free = real_and_free(ids, attention_mask, special_mask)
     share, draws, n = check_rate(share, 'share', open=True), Draws(ids, generator, seeds), free.sum(-1, keepdim=True)
     require(ids.shape[1] > 1, 'ids.shape', tuple(ids.shape), '(B,T) with T of 2 or more: a span, and something around it')
