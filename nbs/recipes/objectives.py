@@ -32,7 +32,8 @@ from lmnotes.training import Learner
 
 TOKENS = 4096                                               # of gpt-tiny's tokenizer; id 0 ends a text
 MASK, PAD, SENTINELS = TOKENS, TOKENS + 1, list(range(TOKENS + 2, TOKENS + 34))
-V, LENGTH, HOLE, LR = TOKENS + 34, 128, 5, .02
+V, LENGTH, HOLE = TOKENS + 34, 128, 5
+LR = {'one stack': .02, 'encoder-decoder': .006}             # at .02 an encoder-decoder's loss stands still
 SIZES = dict(cpu=dict(d_model=128, n_heads=4, n_layers=4, d_ff=384, rows=32, steps=500), gpu=dict(d_model=512, n_heads=8, n_layers=8, d_ff=1536, rows=256, steps=4000))
 KNOWN = torch.arange(TOKENS)                                # random replacements are ordinary tokens
 
@@ -215,7 +216,7 @@ def run(name, seed, size, data):
     loss = electra_loss if name == 'replaced_token_detection' else token_loss
     seed_everything(seed)
     model = make(size)
-    learn = Learner(model, data['train'](seed), collate_fn=collate_fn, batch_size=size['rows'], loss=loss, lr=LR, seed=seed)
+    learn = Learner(model, data['train'](seed), collate_fn=collate_fn, batch_size=size['rows'], loss=loss, lr=(lr := LR['encoder-decoder' if name in ('span_corruption', 'denoise', 'mass') else 'one stack']), seed=seed)
     learn.fit(steps=size['steps'])
     flops = flops_of(model, collate_fn, data['train'](seed)[:size['rows']], loss, learn.device)
     rows, sizes = data['held_out']
@@ -226,7 +227,7 @@ def run(name, seed, size, data):
     bits = None if nats is None else round(nats / math.log(2) / sum(sizes[i] for i in some), 4)
     d = learn.device
     device = torch.cuda.get_device_name(d) if d.type == 'cuda' else f'{d.type}, {(n := torch.get_num_threads())} thread{"s"[:n - 1]}, {platform.machine()}'
-    return dict(objective=name, seed=seed, bits_per_byte=bits, pseudo=name in ('mlm', 'replaced_token_detection'), cloze=round(right, 4), cloze_nats=round(surprise, 4), infilling=round(filled, 4), probe=round(known, 4),
+    return dict(objective=name, seed=seed, lr=lr, bits_per_byte=bits, pseudo=name in ('mlm', 'replaced_token_detection'), cloze=round(right, 4), cloze_nats=round(surprise, 4), infilling=round(filled, 4), probe=round(known, 4),
                 parameters=sum(p.numel() for p in model.parameters()), tokens_read=size['steps'] * size['rows'] * LENGTH, tokens_scored=learn.tokens, flops=flops * size['steps'],
                 loss=round(sum(h['loss'] for h in learn.history[-50:]) / len(learn.history[-50:]), 4), train_seconds=round(learn.seconds, 1), seconds=round(time.perf_counter() - began, 1),
                 precision=learn.precision, device=device, torch=torch.__version__, date=str(datetime.date.today()))

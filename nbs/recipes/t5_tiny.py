@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import pad
 import tiny
-from tiny import BLOCK, CORPORA, VOCAB, command_line, halved, token_lists, write_config
+from tiny import BLOCK, CORPORA, VOCAB, command_line, token_lists, write_config
 from lmnotes.core import assets
 from lmnotes.data import load_tokenizer
 from lmnotes.hub import load_model
@@ -25,7 +25,7 @@ from lmnotes.spans import span_corruption
 HOME, EOS, PAD, N = assets('models')/'t5-tiny', 0, VOCAB, 100
 V = VOCAB + 1 + N
 SENTINELS = range(V - 1, VOCAB, -1)                         # <extra_id_0> has the last id, as in T5
-STEPS, LR, P, SPAN = 3600, .02, .15, 3.
+STEPS, LR, P, SPAN = 3600, .006, .15, 3.
 SHAPE = dict(d_model=128, n_layers=3, n_heads=4, d_ff=384)
 
 def make_tokenizer():
@@ -45,7 +45,10 @@ def corrupted(ids, **how):
     "A batch for the model; an end-of-text token within a row, between two documents, is never dropped."
     return span_corruption(ids, sentinel_ids=SENTINELS, eos_id=EOS, pad_id=PAD, special_mask=ids == EOS, **how)
 
-def batch(block): return corrupted(halved(block), p=P, mean_span=SPAN)
+def batch(block):
+    "Three batches of four train on quarters of rows: with few holes in a row the decoder sooner learns which one it is filling."
+    ids = torch.stack(block)
+    return corrupted(ids.view(-1, BLOCK // 4) if int(ids.sum()) % 4 else ids, p=P, mean_span=SPAN)
 
 def fresh():
     "T5 1.1's choices. Queries start small, as in T5, which does not divide scores by the root of the head's width."
@@ -56,7 +59,18 @@ def fresh():
             for block in stack.blocks:
                 block.attention.qkv.weight[:K * SHAPE['n_heads']] *= K**-.5
                 if stack is model.decoder: block.cross.q.weight *= K**-.5
+        local_start(model, K)
     return model
+
+def local_start(model, K):
+    """Two heads of the encoder begin by reading the positions before and after, and one of the decoder the position before, by the table of relative positions; one head
+    of the first cross-attention begins by looking for the token it stands at, so that a sentinel finds itself, and through it what was around the hole. So that
+    layers do not drown which token it is, embeddings begin with a standard deviation of 1, as T5's do."""
+    model.embed.weight.normal_()
+    model.encoder.relative.weight[1, 0] = model.encoder.relative.weight[17, 1] = model.decoder.relative.weight[1, 0] = 6.
+    same = torch.nn.init.orthogonal_(torch.empty(K, SHAPE['d_model'])) * 1.5
+    cross = model.decoder.blocks[0].cross
+    cross.q.weight[:K], cross.kv.weight[:K] = same, same
 
 def train(seed, out, steps): tiny.train(fresh, batch, seed, out, steps, lr=LR)
 
@@ -127,7 +141,7 @@ def evaluate(seed, out):
 LINE = '| {seed} | {text} | {nats:.3f} | {nats_text:.3f} | {nats_text_unigram:.3f} | {exact:.1%} of {spans:,} | {exact_copy:.1%} |'
 
 def publish(seed, out):
-    tiny.publish(HOME, seed, out, CARD, LINE, lr=LR, half=BLOCK // 2, sentinels=N, pad=PAD, first=SENTINELS[0], p=P, span=SPAN, width=WIDTH, sample=SAMPLE, **SHAPE)
+    tiny.publish(HOME, seed, out, CARD, LINE, lr=LR, part=BLOCK // 4, sentinels=N, pad=PAD, first=SENTINELS[0], p=P, span=SPAN, width=WIDTH, sample=SAMPLE, **SHAPE)
 
 CARD = """# t5-tiny
 
@@ -140,7 +154,7 @@ normalization, gated feed-forward layers with GELU, no biases, tables of its own
   highest id, {first}, as in T5. `<|endoftext|>` (id 0) ends inputs and targets. A sentinel takes the space before it: write `The <extra_id_0> of Chile`.
 - **Data:** the training splits of `factbook` and `kjv` (see their cards). Never Shakespeare: neither model nor tokenizer has seen a line of it.
 - **Recipe:** `nbs/recipes/t5_tiny.py`; span corruption with {p:.0%} of the tokens in spans of {span:g} on average, new ones in every step; {steps} steps of {rows} rows of {block} tokens
-  ({tokens:,} scored target tokens; three batches of four are cut into rows of {half}), Muon at {lr} and AdamW at a fifth of it for tables and gains, linear warmup and linear
+  ({tokens:,} scored target tokens; three batches of four are cut into rows of {part}), Muon at {lr} and AdamW at a fifth of it for tables and gains, linear warmup and linear
   decay over the second half, seed {seed}, {precision} products. It took {seconds} s on: {device}, beside other work.
 - **Mean training loss** over 100 steps (nats per target token), every 200 steps: {curve}.
 - **Use:** teaching. It knows little and invents facts; it must not inform a decision.
