@@ -25,7 +25,7 @@ from lmnotes.spans import span_corruption
 HOME, EOS, PAD, N = assets('models')/'t5-tiny', 0, VOCAB, 100
 V = VOCAB + 1 + N
 SENTINELS = range(V - 1, VOCAB, -1)                         # <extra_id_0> has the last id, as in T5
-STEPS, LR, P, SPAN = 3600, .006, .15, 3.
+STEPS, LR, P, SPAN = 2400, .006, .15, 3.
 SHAPE = dict(d_model=128, n_layers=3, n_heads=4, d_ff=384)
 
 def make_tokenizer():
