@@ -31,7 +31,7 @@ def sample_ids(
     if not logits.is_cuda: require(bool(probs.isfinite().all()), 'logits', 'with NaN or inf', 'finite')
     total = (probs * 2.**38).long().cumsum(-1)                           # in units of 2**-38
     below = (u[..., None] * 2**24).long() * total[..., -1:] >> 24        # u as so many 2**-24: all that float32 has
-    return torch.searchsorted(total, below, right=True)[..., 0]
+    return torch.searchsorted(total, below, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)      # NaN on a GPU: some id all the same
 
 # %% ../nbs/05i_detection.ipynb #e7852f83
 def replaced_token_detection(

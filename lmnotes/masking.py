@@ -168,7 +168,7 @@ def mlm(
     budget = (n * p).round().long().clamp(min=1 if p else 0).minimum(n)
     if spans is not None:
         check_rate(spans, 'spans', open=True)
-        require(isinstance(max_span, int) and max_span >= 1, 'max_span', max_span, 'a whole number from 1')
+        require(type(max_span) is int and max_span >= 1, 'max_span', max_span, 'a whole number from 1')
         lengths = span_lengths(draws.uniform(math.ceil(p * T) + 1), spans, max_span)
         chosen, group = lay_spans(lengths, budget, n, draws.uniform(T))
         group = group.gather(1, number)

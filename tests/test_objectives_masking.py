@@ -242,7 +242,7 @@ def test_nothing_to_predict_adds_nothing():
     (dict(mask_id=True), 'mask_id'), (dict(vocab_size=None), 'vocab_size'), (dict(vocab_size=0), 'vocab_size'),
                                         (dict(replace=(.8, .1)), 'replace'), (dict(replace=(.8, .1, .05)), 'replace'),
     (dict(replace=(1.2, -.1, -.1)), 'replace'), (dict(spans=0.), 'spans'), (dict(spans=2), 'spans'),
-                                        (dict(spans=.2, max_span=0), 'max_span'),
+                                        (dict(spans=.2, max_span=0), 'max_span'), (dict(spans=.2, max_span=True), 'max_span'),
                                         (dict(words=torch.ones(2, 4)), 'words'), (dict(words=[1]), 'words'),
     (dict(random_ids=torch.tensor([5, V])), 'random_ids'), (dict(random_ids=torch.tensor([-1])), 'random_ids'),
     (dict(random_ids=[1]), 'random_ids'), (dict(attention_mask=torch.ones(1, 5)), 'attention_mask'),
