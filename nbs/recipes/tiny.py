@@ -45,7 +45,7 @@ def write_config(home, **more):
 
 def device_name():
     d = best_device()
-    return torch.cuda.get_device_name(d) if d.type == 'cuda' else f'{d.type}, {torch.get_num_threads()} threads, {platform.machine()}'
+    return torch.cuda.get_device_name(d) if d.type == 'cuda' else f'{d.type}, {(n := torch.get_num_threads())} thread{"s"[:n - 1]}, {platform.machine()}'
 
 def train(make, batch, seed, out, steps, width=BLOCK, **settings):
     "A run of one seed, resumed if it was interrupted; its model and its log."
