@@ -27,9 +27,8 @@ def sample_ids(
     """One id per position by equation (5i.1), from one random number each. The sums are of whole numbers, so they are the
     same in any order and on any device. LmnotesError where logits are NaN or inf (looked at on a CPU only)."""
     require(logits.shape[:-1] == u.shape, 'logits.shape', tuple(logits.shape), f'{tuple(u.shape)} and V')
-    probs = logits.float().softmax(-1)
-    if not logits.is_cuda: require(bool(probs.isfinite().all()), 'logits', 'with NaN or inf', 'finite')
-    total = (probs * 2.**38).long().cumsum(-1)                           # in units of 2**-38
+    total = logits.float().softmax(-1).mul_(2.**38).long().cumsum_(-1)   # in units of 2**-38; of NaN never above 0
+    if not logits.is_cuda: require(bool((total[..., -1] > 0).all()), 'logits', 'with NaN or inf', 'finite')
     below = (u[..., None] * 2**24).long() * total[..., -1:] >> 24        # u as so many 2**-24: all that float32 has
     return torch.searchsorted(total, below, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)      # NaN on a GPU: some id all the same
 

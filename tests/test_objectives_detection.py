@@ -112,6 +112,17 @@ def test_ids_of_the_vocabulary_where_nothing_looks(x, monkeypatch):
     for n in (V, V + 1): assert sample_ids(torch.full((50, n), x), torch.rand(50)).max() < n
 
 
+@pytest.mark.parametrize('x', [math.nan, math.inf])
+@pytest.mark.parametrize('n', [2, 7, 4096])
+def test_one_bad_logit_is_found(x, n):
+    "The check reads the sums of whole numbers: NaN among them makes none that is above 0, whatever their number."
+    logits = torch.zeros(3, n)
+    logits[1, n // 2] = x
+    with pytest.raises(LmnotesError, match='logits'): sample_ids(logits, torch.rand(3))
+    logits[1, n // 2] = -math.inf
+    assert sample_ids(logits, torch.rand(3))[1] != n // 2
+
+
 def test_loss_by_hand_and_padding():
     logits, labels = torch.tensor([[1.5, -2., .3, 9.]]), torch.tensor([[1, 0, 1, -100]])
     by_hand = math.log1p(math.exp(-1.5)) + math.log1p(math.exp(-2)) + math.log1p(math.exp(-.3))
