@@ -24,8 +24,8 @@ def sample_ids(
     logits:Tensor, # (...,V) unnormalized log-probabilities
     u:Tensor, # (...) in [0,1)
 )->Tensor: # (...) int64 ids, without a gradient
-    """One id per position by equation (5i.1), from one random number each. The sums are of whole numbers, so they are the
-    same in any order and on any device. LmnotesError where logits are NaN or inf (looked at on a CPU only)."""
+    """One id per position by equation (5i.1), from one random number each. Its sums are of whole numbers, the same
+    in any order. LmnotesError where logits are NaN or inf (looked at on a CPU only)."""
     require(logits.shape[:-1] == u.shape, 'logits.shape', tuple(logits.shape), f'{tuple(u.shape)} and V')
     total = logits.float().softmax(-1).mul_(2.**38).long().cumsum_(-1)   # in units of 2**-38; of NaN never above 0
     if not logits.is_cuda: require(bool((total[..., -1] > 0).all()), 'logits', 'with NaN or inf', 'finite')
