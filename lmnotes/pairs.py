@@ -6,9 +6,10 @@
 __all__ = ['Sentences', 'read_documents', 'truncated', 'lay_out', 'not_next', 'nsp', 'sentence_order', 'PairOutput', 'PairModel',
            'pair_loss']
 
-# %% ../nbs/05h_pairs.ipynb #83637f2d
+# %% ../nbs/05h_pairs.ipynb #25b527d2
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,12 @@ class Sentences:
         n = max(len(self.document) - k + 1, 0)
         return (self.document[:n] == self.document[k - 1:k - 1 + n]).nonzero()[:, 0]
 
-# %% ../nbs/05h_pairs.ipynb #c0969986
+# %% ../nbs/05h_pairs.ipynb #2dfb7f5d
 def _ids_of(sentence):
     "Token ids as a tuple; an empty one where they are none."
     ids = sentence.tolist() if isinstance(sentence, Tensor) else sentence
-    fine = isinstance(ids, Sequence) and all(type(t) is int and 0 <= t < 2**63 for t in ids)
-    return tuple(ids) if fine else ()
+    fine = isinstance(ids, Sequence) and all(isinstance(t, Integral) and not isinstance(t, bool) and 0 <= t < 2**63 for t in ids)
+    return tuple(map(int, ids)) if fine else ()
 
 def read_documents(
     documents, # list of documents, each a list of sentences, each a list (or 1-D tensor) of token ids

@@ -1,6 +1,7 @@
 "Pairs: labels that are right, rows that hold what they say, on thousands of random sets of documents; losses against transformers'."
 import random
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -246,3 +247,10 @@ def test_layout_of_many_sentences():
     docs = [[[10 + i] * (i + 1) for i in range(5)]]
     batch = lay_out(read_documents(docs, 2), torch.tensor([[4, 0, 2], [1, 1, 1]]), max_len=30, **FORM)
     assert sentences_of(batch) == [[[14] * 5, [10], [12] * 3], [[11] * 2] * 3]
+
+
+def test_numbers_of_numpy_are_ids():
+    docs = [[[np.int64(10 * d + 3 * s + t) for t in range(3)] for s in range(3)] for d in range(3)]
+    plain = [[[int(t) for t in s] for s in d] for d in docs]
+    a, b = (nsp(x, max_len=12, **FORM, generator=torch.Generator().manual_seed(0)) for x in (docs, plain))
+    assert all(torch.equal(a[k], b[k]) for k in a)

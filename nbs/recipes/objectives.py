@@ -12,7 +12,7 @@ discriminator, and is said so). Then all answer the same questions on held-out t
 - infilling: a hole of five tokens, filled greedily from the left;
 - probe: the section of the factbook that a field is from, by logistic regression on the mean of the last hidden states.
 """
-import argparse, datetime, json, math, multiprocessing, os, platform, subprocess, time
+import argparse, datetime, json, math, multiprocessing, platform, subprocess, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tiny import CORPORA, token_lists
 from lmnotes.batches import collate
-from lmnotes.core import assets, atomic_write, seed_everything
+from lmnotes.core import assets, atomic_write, cpus, seed_everything
 from lmnotes.data import load_corpus, load_tokenizer
 from lmnotes.lm import evaluating
 from lmnotes.models import Transformer, TransformerConfig
@@ -218,6 +218,7 @@ def run(name, seed, size, data):
     model = make(size)
     learn = Learner(model, data['train'](seed), collate_fn=collate_fn, batch_size=size['rows'], loss=loss, lr=(lr := LR['encoder-decoder' if name in ('span_corruption', 'denoise', 'mass') else 'one stack']), seed=seed)
     learn.fit(steps=size['steps'])
+    if learn.step < size['steps']: raise KeyboardInterrupt    # no row of half a run
     flops = flops_of(model, collate_fn, data['train'](seed)[:size['rows']], loss, learn.device)
     rows, sizes = data['held_out']
     rows, ask, some = rows.to(learn.device), ASK[name], torch.linspace(0, len(rows) - 1, 48).long().tolist()          # of both corpora
@@ -269,7 +270,7 @@ def main(out, size, seeds, only, jobs):
     if stored['settings'] != settings: raise SystemExit(f'{out} holds runs of other settings: move it away first')
     done = {(r['objective'], r['seed']) for r in stored['runs']}
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), start, (max(1, os.cpu_count() // jobs),))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), start, (max(1, cpus() // jobs),))
     try:
         todo = [pool.submit(work, name, seed, size) for seed in range(seeds) for name in only or OBJECTIVES if (name, seed) not in done]
         for future in as_completed(todo):
@@ -285,7 +286,7 @@ if __name__ == '__main__':
     ap.add_argument('--seeds', type=int, default=3)
     ap.add_argument('--only', nargs='+', choices=list(OBJECTIVES), metavar='OBJECTIVE', help=f'of {", ".join(OBJECTIVES)}')
     ap.add_argument('--out', type=Path)
-    ap.add_argument('--jobs', type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), help='runs at a time')
+    ap.add_argument('--jobs', type=int, default=1 if torch.cuda.is_available() else cpus(), help='runs at a time')
     a = ap.parse_args()
     size = dict(SIZES[a.size], **{'steps': a.steps} if a.steps else {})
     main(a.out or assets('runs')/('objectives.json' if a.size == 'cpu' else 'objectives_gpu.json'), size, a.seeds, a.only, a.jobs)

@@ -55,18 +55,19 @@ def train(make, batch, seed, out, steps, width=BLOCK, **settings):
     learn = Learner(model, flat[:len(flat) // width * width].view(-1, width), collate_fn=batch, batch_size=ROWS, seed=seed, out_dir=out, save_every=200, keep=2, cbs=[Progress()], **settings)
     learn.fit(steps=steps, resume=True)
     if learn.step < steps: return                           # interrupted: the same command goes on
-    if not (out/'model').exists(): learn.save(out/'model')
+    shutil.rmtree(out/'model', ignore_errors=True)          # of a shorter run
+    learn.save(out/'model')
     log = dict(seed=seed, steps=steps, tokens=learn.tokens, seconds=round(learn.seconds), tokens_per_second=round(learn.tokens / learn.seconds), device=device_name(), precision=str(learn.precision),
                loss={str(h['step']): round(float(np.mean([k['loss'] for k in learn.history[max(0, h['step'] - 100):h['step']]])), 4) for h in learn.history if h['step'] % 100 == 0})
     (out/'train.json').write_text(json.dumps(log, indent=1) + '\n')
 
 def publish(home, seed, out, card, line, every=200, **fields):
     "Copy one seed's model into the package as float16, with a card that shows every seed that was evaluated, one table line a text."
+    runs = {int(p.parent.name.split('-')[1]): dict(json.loads((p.parent/'train.json').read_text()), evaluation=json.loads(p.read_text())) for p in sorted(out.glob('seed-*/evaluation.json'))}
     model = load_model(out/f'seed-{seed}'/'model')
     with tempfile.TemporaryDirectory() as tmp:
         model.save_pretrained(Path(tmp)/'m', dtype=torch.float16)
         for f in (Path(tmp)/'m').iterdir(): shutil.copy(f, home/f.name)
-    runs = {int(p.parent.name.split('-')[1]): dict(json.loads((p.parent/'train.json').read_text()), evaluation=json.loads(p.read_text())) for p in sorted(out.glob('seed-*/evaluation.json'))}
     (home/'training.json').write_text(json.dumps(list(runs.values()), indent=1) + '\n', encoding='utf-8')
     one, n, weights = runs[seed], sum(p.numel() for p in model.parameters()), home/'model.safetensors'
     assert weights.stat().st_size <= 5_300_000, weights.stat().st_size
