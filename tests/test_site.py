@@ -223,7 +223,7 @@ class Tab:
         self.page.on('console', lambda m: m.type in ('error', 'warning') and self.errors.append(m.text))
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
         self.page.on('response', lambda r: r.status >= 400 and self.errors.append(f'{r.status} {r.url}'))
-        self.page.on('requestfailed', lambda r: self.errors.append(f'failed: {r.url}'))
+        self.page.on('requestfailed', lambda r: r.failure == 'net::ERR_ABORTED' or self.errors.append(f'failed: {r.url}'))     # aborted: by leaving the page
     def _route(self, route):
         if re.match(r'http://127\.0\.0\.1:|file:|data:|blob:', route.request.url): route.continue_()
         else: self.away.append(route.request.url); route.abort()
