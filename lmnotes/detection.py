@@ -18,7 +18,7 @@ from .loss import LMOutput
 from .draws import Draws, real_and_free
 from .masking import original
 
-# %% ../nbs/05i_detection.ipynb #8f1ef1d4
+# %% ../nbs/05i_detection.ipynb #dab461f2
 @torch.no_grad()
 def sample_ids(
     logits:Tensor, # (...,V) unnormalized log-probabilities

@@ -141,7 +141,7 @@ def lay_spans(
     piece = width.new_zeros(len(u), T + 1).scatter_(1, start, 1)[:, :T].cumsum(-1) - 1
     return is_span.gather(1, piece) & (at < n[:, None]), piece
 
-# %% ../nbs/05c_masking.ipynb #699aa12b
+# %% ../nbs/05c_masking.ipynb #bdb1659a
 def mlm(
     ids:Tensor, # (B,T) token ids
     *,
